@@ -1,0 +1,63 @@
+"""Who decides: a model on this machine, a model behind a server, or the offline rules. All answer alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from router_cli.errors import UsageError
+from router_cli.progress import SILENT, Progress
+from router_cli.schema import Decision
+from router_cli.settings import Settings
+from router_cli.space import DecisionSpace
+
+@dataclass(frozen=True)
+class Choice:
+    """A decision and how it came about. `topologies` sums to 1 over the space's topologies, where it is known."""
+
+    decision: Decision
+    topologies: dict[str, float] | None
+    milliseconds: float
+    # What decided instead, where the backend itself had no valid answer.
+    fallback: str | None = None
+
+    @property
+    def probability(self) -> float | None:
+        """Probability of the chosen topology."""
+        return None if self.topologies is None else self.topologies[self.decision.topology]
+
+
+class Backend(Protocol):
+    """Decides for texts. Every decision is valid for `space`."""
+
+    name: str
+    model_name: str
+    space: DecisionSpace
+
+    def decide(self, texts: Sequence[str]) -> list[Choice]:
+        """One choice a text, in order."""
+
+
+def space_from(settings: Settings) -> DecisionSpace:
+    """The decision space that the settings describe."""
+    decision = settings.decision
+    return DecisionSpace(tuple(decision.roles), tuple(decision.topologies), decision.step_bound)
+
+
+def make_backend(settings: Settings, progress: Progress = SILENT) -> Backend:
+    """The backend that `infer.backend` names, loaded and ready."""
+    kind = settings.infer.backend
+    if kind == "heuristic":
+        from router_cli.backends.heuristic import HeuristicBackend
+
+        return HeuristicBackend(settings)
+    if kind == "remote":
+        from router_cli.backends.remote import RemoteBackend
+
+        return RemoteBackend(settings, progress)
+    if settings.infer.adapter is None and settings.infer.base is None:
+        raise UsageError("no router: pass --adapter FOLDER, or --base MODEL to ask an untrained model")
+    from router_cli.backends.local import LocalBackend
+
+    return LocalBackend(settings, progress)

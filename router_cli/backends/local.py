@@ -1,0 +1,166 @@
+"""A router on this machine: transformers for the base model, PEFT for the adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from router_cli import models, prompts
+from router_cli.backends import Choice, space_from
+from router_cli.backends.decoding import Decoder
+from router_cli.backends.device import best_device, fast_dtype
+from router_cli.errors import InputError, ModelError
+from router_cli.jsonl import read_json
+from router_cli.progress import SILENT, Progress
+from router_cli.settings import Settings
+from router_cli.space import DecisionSpace
+
+if TYPE_CHECKING:
+    import numpy as np
+
+META = "router_lora_meta.json"
+"""What a trained adapter's folder says of itself: base model, roles, topologies, prompt version, metrics."""
+
+
+class LocalBackend:
+    """Decides with a base model, with or without a trained adapter (merged: unmerged LoRA is three times slower)."""
+
+    name = "local"
+
+    def __init__(self, settings: Settings, progress: Progress = SILENT) -> None:
+        adapter = settings.infer.adapter
+        meta = read_meta(adapter) if adapter else {}
+        if adapter is None and settings.infer.base is None:
+            raise ModelError("no router: pass --adapter FOLDER, or --base MODEL to ask an untrained model")
+        self.space = space_of(meta) if meta else space_from(settings)
+        base = models.resolve(settings.infer.base or meta["base_model"]["folder_or_id"], settings, progress)
+        self.model_name = str(adapter) if adapter else base.name
+        self.model, self.tokenizer = load(base, settings)
+        if adapter is not None:
+            self.model = _merged(self.model, adapter)
+        self._decoder = Decoder(self.model, self.tokenizer, self.space)
+
+    def decide(self, texts: Sequence[str]) -> list[Choice]:
+        """A valid decision for each text, with its probabilities, in the order of the texts."""
+        started = time.perf_counter()
+        limit = self.model.config.max_position_embeddings - self._decoder.longest_answer
+        fitted = [prompts.fit_prompt(text, self.space, self.tokenizer, limit)[0] for text in texts]
+        found = self._decoder.decide(fitted)
+        each = (time.perf_counter() - started) * 1000 / max(1, len(texts))
+        return [Choice(c.decision, c.topologies, each) for c in found]
+
+
+def space_of(meta: dict[str, Any]) -> DecisionSpace:
+    """The decision space that an adapter was trained for."""
+    return DecisionSpace(tuple(meta["roles"]), tuple(meta["topologies"]), meta["step_bound"])
+
+
+def read_meta(adapter: Path) -> dict[str, Any]:
+    """An adapter's own description. Raises ModelError where the folder holds no finished adapter of this program."""
+    if not adapter.is_dir():
+        raise ModelError(f"{adapter}: no such adapter folder")
+    if not (adapter / META).is_file():
+        hint = "; its training is unfinished: run the same `router train` again" if (adapter / "checkpoints").is_dir() else ""
+        raise ModelError(f"{adapter}: holds no trained router (it has no {META}){hint}")
+    try:
+        meta = read_json(adapter / META)
+    except InputError as error:
+        raise ModelError(str(error)) from None
+    missing = [key for key in ("base_model", "roles", "topologies", "step_bound", "prompt_version") if key not in meta]
+    if missing:
+        raise ModelError(f"{adapter / META}: lacks {', '.join(missing)}; train the adapter again")
+    if meta["prompt_version"] != prompts.PROMPT_VERSION:
+        raise ModelError(
+            f"{adapter}: was trained with prompt version {meta['prompt_version']}, this program asks with "
+            f"{prompts.PROMPT_VERSION}: its answers would be worthless; train it again"
+        )
+    return meta
+
+
+def load(base: models.BaseModel, settings: Settings, **options: Any) -> tuple[Any, Any]:
+    """Load (model, tokenizer) of a base model onto the best device, in the type that the machine is fast in.
+
+    Raises ModelError where the folder's files cannot be loaded.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = best_device()
+    wanted = settings.models.dtype
+    dtype = options.pop("dtype", None) or getattr(torch, fast_dtype(device) if wanted == "auto" else wanted)
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(base.folder)
+            model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=dtype, **options)
+    except Exception as error:  # damaged files raise whatever their reader raises
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ModelError(f"{base.folder}: cannot be loaded as a model: {first}") from None
+    if tokenizer.chat_template is None:
+        raise ModelError(f"{base.name}: has no chat template; take an instruction-tuned model")
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{base.name}: its tokenizer has no end token")
+    if "device_map" not in options:
+        model = model.to(device)
+    return model.eval(), tokenizer
+
+
+def _merged(model: Any, adapter: Path) -> Any:
+    from peft import PeftModel
+
+    try:
+        with quiet():
+            return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().eval()
+    except Exception as error:  # truncated or foreign weights raise whatever their reader raises
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ModelError(f"{adapter}: its adapter does not load: {first}") from None
+
+
+def features(texts: Sequence[str], name: str, settings: Settings, progress: Progress = SILENT) -> np.ndarray:
+    """Mean hidden state of the frozen base's middle layer for each text: float32 [len(texts), hidden size].
+
+    The input of the linear-probe baseline. Text alone, without the prompt; mean over its tokens.
+    """
+    import numpy as np
+    import torch
+
+    model, tokenizer = load(models.resolve(name, settings, progress), settings)
+    layers = model.get_decoder().layers
+    middle = len(layers) // 2
+    caught: list[Any] = []
+    hook = layers[middle - 1].register_forward_hook(
+        lambda module, args, output: caught.append(output[0] if isinstance(output, tuple) else output)
+    )
+    # The layers above are not needed: the model's loop runs over as many as its config says.
+    model.config.num_hidden_layers = middle
+    rows = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    try:
+        with torch.inference_mode(), progress.bar("encode for the linear probe", len(texts)) as bar:
+            for i in order:
+                ids = tokenizer(texts[i], return_tensors="pt", truncation=True, max_length=1024)["input_ids"]
+                caught.clear()
+                model.get_decoder()(ids.to(model.device), use_cache=False)
+                rows[i] = caught[0][0].float().mean(0).cpu().numpy()
+                bar.advance()
+    finally:
+        hook.remove()
+    return rows
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' own progress bars and advice off the terminal, which is the console's."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

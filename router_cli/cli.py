@@ -1,0 +1,157 @@
+"""The commands: each calls one verb. `main` is the only place where failures become lines and exit codes."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from router_cli import __version__, options
+from router_cli.console import Console
+from router_cli.errors import RouterError
+from router_cli.options import Call, with_settings
+
+SPACE = ("decision.roles", "decision.topologies", "decision.step_bound")
+ENDPOINT = ("endpoint.base_url", "endpoint.timeout", "endpoint.retries")
+BASES = ("models.model_dir", "models.hf_token", "models.dtype")
+
+app = typer.Typer(
+    name="router",
+    help="Learn which formation of LLM agents a coding task needs: label, train, infer, eval.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(help="Look at the settings.", no_args_is_help=True)
+app.add_typer(config_app, name="config", rich_help_panel="Around it")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"router {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(rich_help_panel="The loop")
+@with_settings("label", *SPACE, *ENDPOINT)
+def label(call: Call) -> int:
+    """Ask a teacher for a routing decision for every task, and write training rows."""
+    from router_cli.label import label
+    from router_cli.summaries import labelled
+
+    result = label(call.settings, call.console)
+    call.console.result(*labelled(result))
+    return 0 if result.complete else 3
+
+
+@app.command(rich_help_panel="The loop")
+@with_settings("train", *SPACE, *BASES)
+def train(call: Call) -> None:
+    """Fine-tune a small model on labels: QLoRA on a GPU, LoRA on a CPU."""
+    from router_cli.summaries import trained
+    from router_cli.train import train
+
+    call.console.result(*trained(train(call.settings, call.console)))
+
+
+@app.command(rich_help_panel="The loop")
+@with_settings("infer", *SPACE, "endpoint.base_url", "endpoint.timeout", *BASES)
+def infer(call: Call, task: Annotated[str | None, typer.Argument(help="One task as text; or pass --data.")] = None) -> int:
+    """Decide for one task, or for a file of them."""
+    from router_cli.infer import infer
+    from router_cli.summaries import decided
+
+    result = infer(call.settings, task, call.console)
+    call.console.result(*decided(result, call.console.as_json))
+    return 3 if result.skipped else 0
+
+
+@app.command("eval", rich_help_panel="The loop")
+@with_settings("eval", *SPACE, *BASES)
+def evaluate(call: Call) -> None:
+    """Judge predictions against labels and against what a router must beat."""
+    from router_cli.judging import judge
+    from router_cli.summaries import judged
+
+    call.console.result(*judged(judge(call.settings, call.console), call.settings))
+
+
+@app.command(rich_help_panel="Around it")
+@with_settings("quickstart", *BASES)
+def quickstart(call: Call) -> None:
+    """Run the whole loop on this machine: no key, no GPU, no model hub."""
+    from router_cli.quickstart import quickstart
+    from router_cli.summaries import started
+
+    call.console.result(*started(quickstart(call.settings, call.console)))
+
+
+@app.command(rich_help_panel="Around it")
+@with_settings(None, "endpoint.base_url", "train.model", *BASES)
+def doctor(
+    call: Call,
+    ask: Annotated[bool, typer.Option("--ask", help="Also ask the teacher model one question; that costs money.")] = False,
+) -> int:
+    """Check Python, packages, GPU, disk, key, endpoint and model; say how to mend what is wrong."""
+    from router_cli.doctor import examine
+    from router_cli.summaries import examined
+
+    findings = examine(call.settings, ask, call.console)
+    call.console.result(*examined(findings))
+    return 1 if any(finding.state == "wrong" for finding in findings) else 0
+
+
+@config_app.command("show")
+@with_settings(None)
+def config_show(call: Call) -> None:
+    """Print every setting with its value and where it comes from; secrets are masked."""
+    from router_cli.summaries import configured
+
+    call.console.result(*configured(call.settings))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code. Every failure becomes one line on stderr (a traceback with -vv)."""
+    words = options.dashed(list(sys.argv[1:] if argv is None else argv))
+    options.State.verbosity = 0
+    try:
+        return int(app(args=words, prog_name="router", standalone_mode=False) or 0)
+    except RouterError as error:
+        return _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted; the same command again goes on from here", 130)
+    except BrokenPipeError:
+        # The reader of our output went away, as `head` does.
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # Typer's own usage errors
+            # An empty message is the help that `no_args_is_help` has printed.
+            message = str(error.format_message()).strip().replace("\n", " ")
+            return _fail(message.rstrip(".") + "; see --help", 2) if message else 2
+        return _fail(f"unexpected {type(error).__name__}: {error}; run again with -vv and report what it shows", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    if options.State.verbosity >= 2:
+        traceback.print_exc()
+    Console().error(" ".join(message.split()))
+    return code
+
+
+def entry() -> None:
+    """The `router` program."""
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""The only printer. stdout carries results, stderr carries progress, cost and warnings.
+
+    terminal    Rich progress bars with rate and remaining time, panels, colours (none under NO_COLOR)
+    pipe        plain lines, at most one every few seconds a bar
+    --json      one JSON document on stdout, nothing else there
+    -q          stderr is silent but for errors
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pydantic import BaseModel
+from rich.console import Console as RichConsole
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from router_cli.progress import Bar
+
+LINE_SECONDS = 5.0
+"""How often a bar says where it is when nobody watches a terminal."""
+
+
+class Console:
+    """Where everything that a command says goes. It is a `progress.Progress` for the verbs."""
+
+    def __init__(self, verbosity: int = 0, as_json: bool = False) -> None:
+        self.verbosity, self.as_json = verbosity, as_json
+        self._out = RichConsole(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._err = RichConsole(file=sys.stderr, highlight=False, soft_wrap=True, stderr=True)
+        self._live: Progress | None = None
+        self._open = 0
+
+    @property
+    def quiet(self) -> bool:
+        """Whether stderr carries errors only."""
+        return self.verbosity < 0
+
+    # -- results ----------------------------------------------------------------------------------------------
+
+    def result(self, shown: RenderableType, document: BaseModel | dict[str, Any] | None = None) -> None:
+        """Put a result on stdout: `shown` for people, `document` in its place under --json."""
+        if not self.as_json:
+            self._out.print(shown, markup=False)
+        elif document is not None:
+            self.raw(json.dumps(_plain(document), ensure_ascii=False, indent=2))
+
+    def raw(self, text: str) -> None:
+        """Put a line on stdout as it is."""
+        print(text, file=sys.stdout, flush=True)
+
+    # -- progress.Progress ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def bar(self, title: str, total: int | None, done: int = 0) -> Iterator[Bar]:
+        """Open a bar; several may be open at once."""
+        if self.quiet:
+            yield _Nothing()
+        elif not self._err.is_terminal:
+            bar = _Lines(self._err, title, total, done)
+            yield bar
+            bar.close()
+        else:
+            live = self._shared()
+            task = live.add_task(escape(title), total=total, completed=done, status="", begun=done)
+            self._open += 1
+            try:
+                yield _Drawn(live, task)
+            finally:
+                live.stop_task(task)
+                self._open -= 1
+                if self._open == 0:
+                    live.stop()
+                    self._live = None
+
+    def _shared(self) -> Progress:
+        if self._live is None:
+            self._live = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                _Rate(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[status]}", markup=False),
+                console=self._err,
+            )
+            self._live.start()
+        return self._live
+
+    def notice(self, text: str) -> None:
+        """Say one line that a user wants to know."""
+        if not self.quiet:
+            self._err.print(Text(text, style="dim"))
+
+    def warn(self, text: str) -> None:
+        """Say one line that a user has to know."""
+        if not self.quiet:
+            self._err.print(Text.assemble(("warning: ", "yellow"), text))
+
+    def error(self, text: str) -> None:
+        """Say the one line that ends a command; never silent."""
+        if self._live is not None:
+            self._live.stop()
+        # Markup would eat [x] out of a path or a setting.
+        self._err.print(Text.assemble(("error: ", "bold red"), text))
+
+    def panel(self, shown: RenderableType) -> None:
+        """Show a summary on stderr."""
+        if not self.quiet:
+            self._err.print(shown)
+
+
+class _Rate(ProgressColumn):
+    """Steps a second, or seconds a step, since this run began."""
+
+    def render(self, task: Task) -> Text:
+        made = task.completed - task.fields["begun"]
+        if not task.elapsed or made <= 0:
+            return Text("")
+        rate = made / task.elapsed
+        return Text(f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f}s each", style="cyan")
+
+
+class _Nothing:
+    def advance(self, steps: int = 1, status: str = "") -> None:
+        """Count nothing."""
+
+
+class _Drawn:
+    def __init__(self, live: Progress, task: Any) -> None:
+        self._live, self._task = live, task
+
+    def advance(self, steps: int = 1, status: str = "") -> None:
+        """Move the bar."""
+        self._live.update(self._task, advance=steps, **({"status": status} if status else {}))
+
+
+class _Lines:
+    """A bar for pipes: a line when it opens, every few seconds, and when it ends."""
+
+    def __init__(self, console: RichConsole, title: str, total: int | None, done: int) -> None:
+        self._console, self._title, self._total, self._done, self._begun = console, title, total, done, done
+        self._started = self._said = time.monotonic()
+        self._status = ""
+
+    def advance(self, steps: int = 1, status: str = "") -> None:
+        """Count, and say so from time to time."""
+        self._done += steps
+        self._status = status or self._status
+        if time.monotonic() - self._said >= LINE_SECONDS:
+            self._said = time.monotonic()
+            self._say()
+
+    def close(self) -> None:
+        """Say how it ended."""
+        self._say()
+
+    def _say(self) -> None:
+        spent = time.monotonic() - self._started
+        made = self._done - self._begun
+        parts = [f"{self._title}: {self._done}" + (f"/{self._total}" if self._total is not None else "")]
+        if made and spent > 0:
+            parts.append(f"{made / spent:.1f}/s")
+            if self._total is not None and self._total > self._done:
+                parts.append(f"{(self._total - self._done) * spent / made:.0f} s left")
+        parts.append(f"{spent:.0f} s")
+        if self._status:
+            parts.append(self._status)
+        self._console.print(", ".join(parts), markup=False)
+
+
+def _plain(document: BaseModel | dict[str, Any]) -> Any:
+    return document.model_dump(mode="json") if isinstance(document, BaseModel) else document

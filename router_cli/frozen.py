@@ -1,0 +1,138 @@
+"""What never changes while the last layers are trained, computed once: the cheap way to train on a CPU.
+
+Layers below the first adapter give the same hidden states in every epoch. For a small model they are most of the work,
+so their output is kept a row and put in place of the embeddings, and the layers themselves step aside. And the start
+of the prompt is the same in every row: each micro-batch encodes it once and lets all its rows attend to it.
+
+Both are exact: losses and gradients equal those of ordinary training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+MEMORY_SHARE = 0.25
+"""The share of free memory that the kept states may take; above it, training runs the ordinary way."""
+
+
+def hidden_states(decoder: Any, ids: Any, mask: Any, shared: int, first_layer: int) -> Any:
+    """Last hidden states of the positions behind the `shared` first ones, which all rows have in common.
+
+    `ids` and `mask` are [rows, length]; the result is [rows, length - shared, hidden size]. `first_layer` is the lowest
+    layer that really runs. Gradients flow through the shared part.
+    """
+    if shared == 0:
+        return decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    cache = _cache(decoder, first_layer)
+    decoder(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(ids.shape[0])
+    return decoder(
+        input_ids=ids[:, shared:], attention_mask=mask, past_key_values=cache, use_cache=True
+    ).last_hidden_state
+
+
+def _cache(decoder: Any, first_layer: int) -> Any:
+    from transformers import DynamicCache
+
+    class Cache(DynamicCache):  # type: ignore[misc]  # transformers is untyped here
+        """A cache whose lowest layers stand aside: lengths are read off the first one that runs."""
+
+        def get_seq_length(self, layer_idx: int = 0) -> int:
+            return int(super().get_seq_length(max(layer_idx, first_layer)))
+
+        def get_mask_sizes(self, query_length: int, layer_idx: int) -> Any:
+            return super().get_mask_sizes(query_length, max(layer_idx, first_layer))
+
+    return Cache(config=decoder.config)
+
+
+class FrozenLayers:
+    """The hidden states below layer `keep_from` for rows of token ids, and the switch that puts them in place."""
+
+    def __init__(self, model: Any, keep_from: int, pad: int, shared: int) -> None:
+        self._decoder = model.get_decoder()
+        self._keep_from, self._pad, self._shared = keep_from, pad, shared
+        self._states: dict[tuple[int, ...], Any] = {}
+
+    @staticmethod
+    def fits(model: Any, rows: Sequence[Sequence[int]]) -> bool:
+        """Whether the states of all rows fit beside the model."""
+        import psutil
+
+        size = sum(len(row) for row in rows) * model.config.hidden_size * model.dtype.itemsize
+        return bool(size < MEMORY_SHARE * psutil.virtual_memory().available)
+
+    def compute(self, rows: Sequence[Sequence[int]], each: Callable[[], None]) -> None:
+        """Run the frozen layers over every row once; `each` is called after a row."""
+        import torch
+
+        caught: list[Any] = []
+        hook = self._decoder.layers[self._keep_from].register_forward_pre_hook(
+            lambda module, args: caught.append(args[0])
+        )
+        config, layers = self._decoder.config, self._decoder.config.num_hidden_layers
+        # The model's loop runs over as many layers as its config says; the hook's own layer is the last one needed.
+        config.num_hidden_layers = self._keep_from + 1
+        cache = _cache(self._decoder, 0) if self._shared else None
+        try:
+            with torch.no_grad():
+                for part in [*([rows[0][: self._shared]] if cache else []), *(row[self._shared :] for row in rows)]:
+                    caught.clear()
+                    ids = torch.tensor([list(part)], device=self._decoder.device)
+                    self._decoder(ids, past_key_values=cache, use_cache=cache is not None)
+                    # A clone of its own: a view would keep the whole forward's storage.
+                    self._states[self._key(part)] = caught[0][0].detach().clone()
+                    if cache is not None:
+                        cache.crop(self._shared - cache.get_seq_length())
+                    each()
+        finally:
+            config.num_hidden_layers = layers
+            hook.remove()
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While open, the model starts at layer `keep_from`, from the kept states of the rows that it is given."""
+        import torch
+
+        class Aside(torch.nn.Module):
+            def __init__(self, layer: Any) -> None:
+                super().__init__()
+                # Models look at their layers' kind of attention.
+                self.attention_type = getattr(layer, "attention_type", None)
+
+            def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+                return hidden_states
+
+        layers = self._decoder.layers
+        below = [layers[i] for i in range(self._keep_from)]
+        hook = self._decoder.embed_tokens.register_forward_hook(lambda module, args, output: self._lookup(args[0]))
+        for i, layer in enumerate(below):
+            layers[i] = Aside(layer)
+        try:
+            yield
+        finally:
+            for i, layer in enumerate(below):
+                layers[i] = layer
+            hook.remove()
+
+    def _lookup(self, ids: Any) -> Any:
+        from torch.nn.utils.rnn import pad_sequence
+
+        kept = [self._states[self._key(row)] for row in ids.tolist()]
+        states = pad_sequence(kept, batch_first=True)
+        # The batch may be padded beyond its longest row's last real token: those positions carry no loss.
+        missing = ids.shape[1] - states.shape[1]
+        if missing > 0:
+            import torch
+
+            states = torch.nn.functional.pad(states, (0, 0, 0, missing))
+        return states[:, : ids.shape[1]]
+
+    def _key(self, row: Sequence[int]) -> tuple[int, ...]:
+        # Padding stands on the right; the end token can be the padding token, so rows are compared without either.
+        end = len(row)
+        while end and row[end - 1] == self._pad:
+            end -= 1
+        return tuple(row[:end])

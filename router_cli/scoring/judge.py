@@ -1,0 +1,180 @@
+"""Every figure of a report, from the answers of several systems to the same tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from router_cli.schema import Example, Score
+from router_cli.scoring import metrics
+from router_cli.scoring.answers import Answers
+from router_cli.scoring.results import (
+    Calibration,
+    ClassRow,
+    Coin,
+    Difference,
+    Figures,
+    Mistake,
+    ReliabilityBin,
+    RiskPoint,
+    SelectiveRisk,
+    System,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+_MISTAKES = 20
+_CURVE_POINTS = 200
+
+
+def judge(
+    examples: Sequence[Example], systems: Sequence[Answers], classes: Sequence[str], resamples: int, seed: int
+) -> Figures:
+    """Judge the first of `systems`, the router, by itself and against the others. All arrays follow `examples`."""
+    import numpy as np
+
+    router, n = systems[0], len(examples)
+    gold = np.array([classes.index(example.decision.topology) for example in examples])
+    correct = (router.labels == gold).astype(float)
+    role_f1, role_exact = metrics.role_agreement(
+        [example.decision.roles for example in examples], [one.roles if one else None for one in router.decisions]
+    )
+    step_difference, step_exact = metrics.step_agreement(
+        [example.decision.max_steps for example in examples],
+        [one.max_steps if one else None for one in router.decisions],
+    )
+    measured: dict[str, metrics.Metric] = {
+        "role_f1": partial(metrics.mean, role_f1),
+        "step_difference": partial(metrics.mean, step_difference),
+    }
+    for system in systems:
+        measured[f"accuracy of {system.name}"] = partial(metrics.accuracy, gold, system.labels)
+        measured[f"macro-F1 of {system.name}"] = partial(metrics.macro_f1, gold, system.labels, len(classes))
+    resampled = metrics.bootstrap(measured, n, resamples, seed)
+    rows = tuple(_system(system, router, examples, gold, resampled) for system in systems)
+    own = rows[0]
+    assert own.valid is not None and own.exact is not None  # the router gives whole decisions
+    expected, p = metrics.coin_test(gold, router.labels, resamples, seed)
+    calibration, selective = _confidence(router, gold, correct, resamples, seed)
+    return Figures(
+        classes=tuple(classes),
+        valid=own.valid,
+        exact=own.exact,
+        accuracy=own.accuracy,
+        macro_f1=own.macro_f1,
+        role_f1=resampled.score("role_f1"),
+        role_exact=metrics.wilson(int(role_exact.sum()), n),
+        step_exact=metrics.wilson(int(step_exact.sum()), n),
+        step_difference=_known(resampled.score("step_difference")),
+        per_class=tuple(
+            ClassRow(name=name, **asdict(score))
+            for name, score in zip(classes, metrics.per_class(gold, router.labels, len(classes)), strict=True)
+        ),
+        confusion=tuple(
+            tuple(int(count) for count in row) for row in metrics.confusion(gold, router.labels, len(classes))
+        ),
+        systems=rows,
+        calibration=calibration,
+        selective=selective,
+        coin=Coin(expected=expected, p=p),
+        mistakes=tuple(_mistakes(router, examples, correct)),
+    )
+
+
+def _known(score: Score) -> Score | None:
+    return None if math.isnan(score.value) else score
+
+
+def _system(
+    system: Answers, router: Answers, examples: Sequence[Example], gold: Array, resampled: metrics.Resampled
+) -> System:
+    import numpy as np
+
+    n, correct = len(examples), system.labels == gold
+    sure, spread = ~np.isnan(system.confidence), ~np.isnan(system.probabilities).any(axis=1)
+    whole = [one == example.decision for one, example in zip(system.decisions, examples, strict=False)]
+
+    def difference(metric: str) -> Difference | None:
+        if system is router:
+            return None
+        score = resampled.difference(f"{metric} of {router.name}", f"{metric} of {system.name}")
+        said = metrics.verdict(score)
+        return Difference(score=score, verdict=said.word, tasks=said.tasks, words=str(said))
+
+    return System(
+        name=system.name,
+        kind=system.kind,
+        # A share's bootstrap interval collapses at 0 and 1, Wilson's does not.
+        accuracy=metrics.wilson(int(correct.sum()), n),
+        macro_f1=resampled.score(f"macro-F1 of {system.name}"),
+        valid=metrics.wilson(int((system.labels != metrics.NONE).sum()), n) if whole else None,
+        exact=metrics.wilson(sum(whole), n) if whole else None,
+        ece=float(metrics.ece(system.confidence[sure], correct[sure])) if sure.any() else None,
+        brier=float(metrics.brier(system.probabilities[spread], gold[spread])) if spread.any() else None,
+        accuracy_difference=difference("accuracy"),
+        macro_f1_difference=difference("macro-F1"),
+        note=system.note,
+    )
+
+
+def _confidence(
+    router: Answers, gold: Array, correct: Array, resamples: int, seed: int
+) -> tuple[Calibration | None, SelectiveRisk | None]:
+    """Calibration and selective risk over the tasks whose answer brought a probability; None without any."""
+    import numpy as np
+
+    rows = np.flatnonzero(~np.isnan(router.confidence))
+    if not len(rows):
+        return None, None
+    confidence, right = router.confidence[rows], correct[rows]
+    resampled = metrics.bootstrap(
+        {"ece": partial(metrics.ece, confidence, right), "aurc": partial(metrics.aurc, confidence, right)},
+        len(rows),
+        resamples,
+        seed,
+    )
+    spread = np.flatnonzero(~np.isnan(router.probabilities).any(axis=1))
+    brier = None
+    if len(spread):
+        metric = partial(metrics.brier, router.probabilities[spread], gold[spread])
+        brier = metrics.bootstrap({"brier": metric}, len(spread), resamples, seed).score("brier")
+    coverage, risk, threshold = metrics.risk_coverage(confidence, right)
+    kept = np.unique(np.linspace(0, len(coverage) - 1, min(_CURVE_POINTS, len(coverage))).round().astype(int))
+    return Calibration(
+        n=len(rows),
+        ece=resampled.score("ece"),
+        ece_when_calibrated=metrics.ece_when_calibrated(confidence, seed),
+        brier=brier,
+        bins=tuple(ReliabilityBin(**vars(one)) for one in metrics.reliability(confidence, right)),
+    ), SelectiveRisk(
+        n=len(rows),
+        aurc=resampled.score("aurc"),
+        curve=tuple(
+            RiskPoint(coverage=float(coverage[i]), risk=float(risk[i]), threshold=float(threshold[i])) for i in kept
+        ),
+    )
+
+
+def _mistakes(router: Answers, examples: Sequence[Example], correct: Array) -> list[Mistake]:
+    """The wrong answers, the surest first; those without a probability come last."""
+    import numpy as np
+
+    order = np.argsort(-np.nan_to_num(router.confidence, nan=-1.0), kind="stable")
+    wrong = [int(i) for i in order if not correct[i]][:_MISTAKES]
+    return [
+        Mistake(
+            task_id=examples[i].task_id,
+            text=examples[i].text,
+            gold=examples[i].decision,
+            predicted=router.decisions[i],
+            probability=None if np.isnan(router.confidence[i]) else float(router.confidence[i]),
+            why=router.problems[i],
+        )
+        for i in wrong
+    ]

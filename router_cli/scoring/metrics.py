@@ -1,0 +1,335 @@
+"""Pure functions on arrays: agreement, F1, calibration, selective risk, intervals, paired differences.
+
+Rows are tasks. Classes are numbered from 0; a prediction of -1 is no valid answer and counts as wrong. A metric takes
+row weights of shape (..., n) and returns an array of shape (...): a bootstrap resample is nothing but a row of whole
+weights, so that one matrix product judges all resamples at once, and two predictors judged under the same weights
+are paired by construction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from router_cli.schema import Score
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+Metric = Callable[["Array"], "Array"]
+"""Row weights of shape (..., n) to values of shape (...)."""
+
+BINS = 15
+NONE = -1
+# Cells of the weight matrix that one block of resamples may hold: 32 MB of float64.
+_BLOCK = 4_000_000
+
+
+# -- agreement ------------------------------------------------------------------------------------------------
+
+
+def mean(values: Array, weights: Array | None = None) -> Array:
+    """Weighted mean over rows; rows whose value is NaN are left out, and where no row is left the mean is NaN."""
+    import numpy as np
+
+    values = np.asarray(values, dtype=float)
+    known = ~np.isnan(values)
+    weights = np.ones(len(values)) if weights is None else weights
+    return _ratio(weights @ np.where(known, values, 0.0), weights @ known.astype(float))
+
+
+def accuracy(gold: Array, predicted: Array, weights: Array | None = None) -> Array:
+    """Share of rows whose prediction is the gold class."""
+    return mean(gold == predicted, weights)
+
+
+def confusion(gold: Array, predicted: Array, classes: int, weights: Array | None = None) -> Array:
+    """Counts of shape (..., classes, classes + 1): gold by prediction; the last column is "no valid answer"."""
+    import numpy as np
+
+    cells = gold * (classes + 1) + np.where(predicted == NONE, classes, predicted)
+    one_hot = np.eye(classes * (classes + 1))[cells]
+    counts = (np.ones(len(gold)) if weights is None else weights) @ one_hot
+    shaped: Array = counts.reshape(*counts.shape[:-1], classes, classes + 1)
+    return shaped
+
+
+def f1(counts: Array) -> Array:
+    """F1 of each class from `confusion` counts, shape (..., classes): 2 hits / (support + predicted).
+
+    A class that occurs neither in gold nor among the predictions has no F1: NaN.
+    """
+    import numpy as np
+
+    hits = np.diagonal(counts[..., :-1], axis1=-2, axis2=-1)
+    return _ratio(2 * hits, counts.sum(-1) + counts[..., :-1].sum(-2))
+
+
+def macro_f1(gold: Array, predicted: Array, classes: int, weights: Array | None = None) -> Array:
+    """Mean of the classes' F1; classes in neither gold nor predictions are left out of the mean.
+
+    This is scikit-learn's `f1_score(average="macro")` over the labels that occur.
+    """
+    import numpy as np
+
+    each = f1(confusion(gold, predicted, classes, weights))
+    known = ~np.isnan(each)
+    return _ratio(np.where(known, each, 0.0).sum(-1), known.sum(-1))
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """One class: None where a figure has nothing to be counted over."""
+
+    precision: float | None
+    recall: float | None
+    f1: float | None
+    support: int
+    predicted: int
+
+
+def per_class(gold: Array, predicted: Array, classes: int) -> list[ClassScore]:
+    """Precision, recall and F1 of each class, in the classes' order."""
+    counts = confusion(gold, predicted, classes)
+    found = []
+    for number, value in enumerate(f1(counts)):
+        hits, support, taken = counts[number, number], counts[number].sum(), counts[:, number].sum()
+        found.append(
+            ClassScore(
+                precision=float(hits / taken) if taken else None,
+                recall=float(hits / support) if support else None,
+                f1=None if math.isnan(value) else float(value),
+                support=int(support),
+                predicted=int(taken),
+            )
+        )
+    return found
+
+
+def role_agreement(gold: Sequence[Collection[str]], predicted: Sequence[Collection[str] | None]) -> tuple[Array, Array]:
+    """Per row: F1 of the role sets (Dice coefficient), and whether they are equal. None scores 0."""
+    import numpy as np
+
+    pairs = [(set(right), set(given or ())) for right, given in zip(gold, predicted, strict=True)]
+    overlap = np.array([2 * len(right & given) / max(1, len(right) + len(given)) for right, given in pairs])
+    return overlap, np.array([float(right == given) for right, given in pairs])
+
+
+def step_agreement(gold: Sequence[int], predicted: Sequence[int | None]) -> tuple[Array, Array]:
+    """Per row: absolute difference of max_steps (NaN where there is no prediction), and equality (then 0)."""
+    import numpy as np
+
+    given = np.array([np.nan if steps is None else steps for steps in predicted], dtype=float)
+    difference = np.abs(np.asarray(gold, dtype=float) - given)
+    return difference, (difference == 0).astype(float)
+
+
+# -- calibration and selective risk -----------------------------------------------------------------------------
+
+
+def ece(confidence: Array, correct: Array, weights: Array | None = None, bins: int = BINS) -> Array:
+    """Expected calibration error over equal-width bins (Guo et al. 2017): sum over bins of |confidence - accuracy|,
+    weighted by the bin's share of rows."""
+    import numpy as np
+
+    weights = np.ones(len(confidence)) if weights is None else weights
+    gaps = np.eye(bins)[_bin(confidence, bins)] * (confidence - correct)[:, None]
+    return _ratio(np.abs(weights @ gaps).sum(-1), weights.sum(-1))
+
+
+def ece_when_calibrated(confidence: Array, seed: int, simulations: int = 1000) -> float:
+    """Mean ECE of a router that is right exactly as often as these confidences say.
+
+    The ECE of few rows is far above 0 even then (.10 at 100 rows, .05 at 500), so a measured one is read against this.
+    """
+    import numpy as np
+
+    rng, count = np.random.default_rng(seed), max(1, min(simulations, _BLOCK // len(confidence)))
+    one_hot = np.eye(BINS)[_bin(confidence, BINS)]
+    gaps = (confidence - (rng.random((count, len(confidence))) < confidence)) @ one_hot
+    return float(np.abs(gaps).sum(-1).mean() / len(confidence))
+
+
+def brier(probabilities: Array, gold: Array, weights: Array | None = None) -> Array:
+    """Multi-class Brier score (Brier 1950): squared distance to the one-hot truth, from 0 to 2, mean over rows."""
+    import numpy as np
+
+    return mean(((probabilities - np.eye(probabilities.shape[1])[gold]) ** 2).sum(-1), weights)
+
+
+@dataclass(frozen=True)
+class Bin:
+    """One bin of the reliability diagram; `accuracy` has a Wilson interval."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float
+    accuracy: Score
+
+
+def reliability(confidence: Array, correct: Array, bins: int = BINS) -> list[Bin]:
+    """The bins that hold rows, from low to high confidence."""
+    place = _bin(confidence, bins)
+    found = []
+    for number in range(bins):
+        if count := int((inside := place == number).sum()):
+            right = wilson(int(correct[inside].sum()), count)
+            found.append(Bin(number / bins, (number + 1) / bins, count, float(confidence[inside].mean()), right))
+    return found
+
+
+def risk_coverage(confidence: Array, correct: Array) -> tuple[Array, Array, Array]:
+    """Arrays (coverage, risk, threshold): error share among the rows answered when only those with at least
+    `threshold` confidence are, from the surest on. Rows of equal confidence enter together."""
+    import numpy as np
+
+    order, ends = _surest_first(confidence)
+    errors = np.cumsum(1.0 - correct[order])
+    return (ends + 1) / len(order), errors[ends] / (ends + 1), confidence[order][ends]
+
+
+def aurc(confidence: Array, correct: Array, weights: Array | None = None) -> Array:
+    """Area under the risk-coverage curve (Geifman and El-Yaniv 2017), lower is better.
+
+    The mean, over rows, of the risk when all rows at least as sure are answered; with confidences that are all equal
+    this is the error share, and confidence that says nothing about errors gives about that.
+    """
+    import numpy as np
+
+    order, ends = _surest_first(confidence)
+    ordered = (np.ones(len(order)) if weights is None else weights)[..., order]
+    covered = np.cumsum(ordered, -1)[..., ends]
+    risk = _ratio(np.cumsum(ordered * (1.0 - correct[order]), -1)[..., ends], covered)
+    entering = np.diff(covered, axis=-1, prepend=0.0)
+    return _ratio(np.where(entering > 0, risk * entering, 0.0).sum(-1), covered[..., -1])
+
+
+# -- intervals --------------------------------------------------------------------------------------------------
+
+
+def wilson(hits: int, n: int) -> Score:
+    """A share with its 95 % score interval (Wilson 1927), which does not collapse at 0 and 1; n is at least 1."""
+    z, share = 1.959963984540054, hits / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return Score(value=share, low=min(share, max(0.0, centre - half)), high=max(share, min(1.0, centre + half)), n=n)
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """Metrics of the same `n` rows: their values, and their values under the same resamples."""
+
+    n: int
+    values: dict[str, float]
+    draws: dict[str, Array]
+
+    def score(self, name: str) -> Score:
+        """A metric with its 95 % percentile interval (Efron 1979); NaN where the metric is defined nowhere."""
+        return self._interval(self.values[name], self.draws[name])
+
+    def difference(self, first: str, second: str) -> Score:
+        """`first - second`, with the interval of the paired difference: both were drawn on the same rows."""
+        return self._interval(self.values[first] - self.values[second], self.draws[first] - self.draws[second])
+
+    def _interval(self, value: float, draws: Array) -> Score:
+        import numpy as np
+
+        kept = draws[~np.isnan(draws)]
+        low, high = np.percentile(kept, [2.5, 97.5]) if len(kept) else (math.nan, math.nan)
+        return Score(value=value, low=float(low), high=float(high), n=self.n)
+
+
+def bootstrap(metrics: Mapping[str, Metric], n: int, resamples: int = 2000, seed: int = 42) -> Resampled:
+    """Judge the named metrics on `n` rows and on `resamples` resamples of them, the same for all metrics."""
+    import numpy as np
+
+    values = {name: float(metric(np.ones(n))) for name, metric in metrics.items()}
+    draws: dict[str, list[Array]] = {name: [] for name in metrics}
+    rng, block = np.random.default_rng(seed), max(1, _BLOCK // n)
+    for start in range(0, resamples, block):
+        count = min(block, resamples - start)
+        rows = rng.integers(n, size=(count, n)) + np.arange(count)[:, None] * n
+        weights = np.bincount(rows.ravel(), minlength=count * n).reshape(count, n).astype(float)
+        for name, metric in metrics.items():
+            draws[name].append(metric(weights))
+    return Resampled(n, values, {name: np.concatenate(parts) for name, parts in draws.items()})
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A paired difference in words. `tasks` is how many would tell where these cannot, None where nothing would."""
+
+    word: Literal["better", "worse", "cannot tell"]
+    tasks: int | None = None
+
+    def __str__(self) -> str:
+        if self.word != "cannot tell":
+            return self.word
+        return f"cannot tell; about {self.tasks:,} tasks would" if self.tasks else "cannot tell; no difference seen"
+
+
+def verdict(difference: Score) -> Verdict:
+    """Better or worse where the interval leaves 0 out, else how many tasks would tell.
+
+    The interval's half towards 0 shrinks with 1/sqrt(n), so a difference that stays as it is leaves 0 out from about
+    n (half / difference)^2 tasks on; rounded up to two digits.
+    """
+    if difference.low > 0:
+        return Verdict("better")
+    if difference.high < 0:
+        return Verdict("worse")
+    if difference.value == 0:
+        return Verdict("cannot tell")
+    half = difference.value - difference.low if difference.value > 0 else difference.high - difference.value
+    # One more than now at least: an end that lies on 0 itself has a half as wide as the difference.
+    needed = max(difference.n + 1, math.ceil(difference.n * (half / difference.value) ** 2))
+    unit = 10 ** max(0, len(str(needed)) - 2)
+    return Verdict("cannot tell", -(-needed // unit) * unit)
+
+
+def coin_test(gold: Array, predicted: Array, resamples: int = 2000, seed: int = 42) -> tuple[float, float]:
+    """Agreement expected of a coin with the predictions' own mix, and the share of shuffled copies of the predictions
+    that agree with gold at least as often (one-sided permutation test, Ojala and Garriga 2010)."""
+    import numpy as np
+
+    rng, n = np.random.default_rng(seed), len(gold)
+    kinds = np.union1d(gold, predicted)
+    expected = sum(float((gold == kind).mean() * (predicted == kind).mean()) for kind in kinds)
+    observed, block, as_good = int((gold == predicted).sum()), max(1, _BLOCK // n), 0
+    for start in range(0, resamples, block):
+        shuffled = rng.permuted(np.tile(predicted, (min(block, resamples - start), 1)), axis=1)
+        as_good += int(((shuffled == gold).sum(1) >= observed).sum())
+    return expected, (1 + as_good) / (1 + resamples)
+
+
+# -- helpers ------------------------------------------------------------------------------------------------------
+
+
+def _ratio(above: Array, below: Array) -> Array:
+    import numpy as np
+
+    above, below = np.broadcast_arrays(np.asarray(above, dtype=float), np.asarray(below, dtype=float))
+    ratio: Array = np.divide(above, below, out=np.full(below.shape, np.nan), where=below > 0)
+    return ratio
+
+
+def _bin(confidence: Array, bins: int) -> Array:
+    """Bins are open to the left, (low, high], but for the first, which holds 0."""
+    import numpy as np
+
+    places: Array = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence, side="left")
+    return places
+
+
+def _surest_first(confidence: Array) -> tuple[Array, Array]:
+    """Rows from the surest on, and the last place of each group of equal confidence."""
+    import numpy as np
+
+    order = np.argsort(-confidence, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(confidence[order])), len(order) - 1)
+    return order, ends

@@ -1,0 +1,166 @@
+"""What an evaluation found: the records that `report.json` holds, shapes only. None is "could not be measured"."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from router_cli.schema import Decision, Record, Score
+
+
+class Difference(Record):
+    """Router minus another system on the same tasks, with the paired interval, and what that says."""
+
+    score: Score
+    verdict: Literal["better", "worse", "cannot tell"]
+    # About how many tasks would tell, if the difference stays as it is.
+    tasks: int | None
+    words: str
+
+
+class System(Record):
+    """One row of the comparison. `valid` and `exact` only exist where whole decisions are given, not topologies."""
+
+    name: str
+    kind: Literal["router", "compare", "heuristic", "baseline"]
+    accuracy: Score
+    macro_f1: Score
+    valid: Score | None = None
+    exact: Score | None = None
+    ece: float | None = None
+    brier: float | None = None
+    accuracy_difference: Difference | None = None
+    macro_f1_difference: Difference | None = None
+    note: str = ""
+
+
+class ClassRow(Record):
+    """One topology: precision of its predictions, recall of its tasks."""
+
+    name: str
+    precision: float | None
+    recall: float | None
+    f1: float | None
+    support: int
+    predicted: int
+
+
+class ReliabilityBin(Record):
+    """Predictions of like confidence, (low, high]: their mean confidence and how often they were right."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float
+    accuracy: Score
+
+
+class Calibration(Record):
+    """Whether probabilities mean what they say, over the `n` tasks whose answer brought one."""
+
+    n: int
+    ece: Score
+    # The ECE that a perfectly calibrated router with these confidences shows on so few tasks, on average.
+    ece_when_calibrated: float
+    brier: Score | None
+    bins: tuple[ReliabilityBin, ...]
+
+
+class RiskPoint(Record):
+    """Answering only what is at least `threshold` sure covers this share of the tasks, at this share of errors."""
+
+    coverage: float
+    risk: float
+    threshold: float
+
+
+class SelectiveRisk(Record):
+    """The risk-coverage curve and the area under it, over the `n` tasks whose answer brought a probability."""
+
+    n: int
+    aurc: Score
+    curve: tuple[RiskPoint, ...]
+
+
+class Coin(Record):
+    """The agreement of a coin with the router's own mix, and how often a shuffled copy does as well as the router."""
+
+    expected: float
+    p: float
+
+
+class LossPoint(Record):
+    """One line of the training log."""
+
+    step: float
+    loss: float | None = None
+    eval_loss: float | None = None
+
+
+class Mistake(Record):
+    """A task whose topology the router missed; `why` says more where there is no valid decision."""
+
+    task_id: str
+    text: str
+    gold: Decision
+    predicted: Decision | None
+    probability: float | None
+    why: str = ""
+
+
+class Counts(Record):
+    """Rows on both sides, so that nothing is dropped in silence."""
+
+    labels: int
+    unusable_labels: int
+    duplicate_labels: int
+    judged: int
+    predictions: int
+    duplicate_predictions: int
+    missing_predictions: int
+    predictions_of_other_splits: int
+    predictions_without_label: int
+    invalid: int
+    normalised: int
+
+
+class Figures(Record):
+    """Everything measured. Shares have Wilson intervals, all other figures bootstrap intervals, all at 95 %."""
+
+    classes: tuple[str, ...]
+    valid: Score
+    exact: Score
+    accuracy: Score
+    macro_f1: Score
+    role_f1: Score
+    role_exact: Score
+    step_exact: Score
+    # Mean absolute difference of max_steps, over the valid decisions.
+    step_difference: Score | None
+    per_class: tuple[ClassRow, ...]
+    # Gold (rows) by prediction (columns); the last column is "no valid decision".
+    confusion: tuple[tuple[int, ...], ...]
+    systems: tuple[System, ...]
+    calibration: Calibration | None
+    selective: SelectiveRisk | None
+    coin: Coin
+    mistakes: tuple[Mistake, ...]
+
+
+class Report(Figures):
+    """What `report.json` holds and `report.html` shows: the figures, what they were made from, and what they mean."""
+
+    made_with: str
+    predictions: str
+    labels: tuple[str, ...]
+    split: str
+    seed: int
+    resamples: int
+    summary: tuple[str, str]
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+    counts: Counts
+    # Judged labels by the teacher that gave them.
+    label_teachers: dict[str, int]
+    # How often the teacher's votes agreed with its own label, over the labels that record it.
+    ceiling: Score | None
+    loss: tuple[LossPoint, ...] | None

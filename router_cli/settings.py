@@ -1,0 +1,362 @@
+"""The typed settings object and where each of its values comes from.
+
+One declaration a knob: a field here carries type, bounds, default and help, and becomes the option `--lr`, the TOML
+key `train.lr`, the variable `ROUTER_TRAIN__LR` and a row of the docs. An option beats the environment, which beats
+the TOML file, which beats the default. Unknown names are refused with the nearest known one.
+
+pydantic-settings does the same job but passes over a missing file and a mistyped variable in silence, and keeps no
+origins; hence the loader at the end of this file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    ValidationError,
+)
+
+from router_cli.errors import SettingsError
+from router_cli.schema import Topology
+
+PREFIX = "ROUTER_"
+CONFIG_FILE = "router.toml"
+SMALL_MODEL = "smollm2-135m"
+
+
+def _split(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _distinct(value: list[str]) -> list[str]:
+    if len(set(value)) < len(value):
+        raise ValueError("must not name anything twice")
+    # A list in a TOML file is not split at commas; names stand between commas in prompts and on command lines.
+    if any(name != name.strip() or not name.isprintable() or not name or "," in name for name in value):
+        raise ValueError("must be names without commas, line breaks or space around them")
+    return value
+
+
+def _files(value: list[str]) -> list[str]:
+    return [str(Path(part).expanduser()) if part.startswith("~") else part for part in value]
+
+
+Names = Annotated[list[str], BeforeValidator(_split), AfterValidator(_distinct)]
+Files = Annotated[list[str], BeforeValidator(_split), AfterValidator(_files)]
+File = Annotated[str, AfterValidator(os.path.expanduser)]
+Folder = Annotated[Path, AfterValidator(Path.expanduser)]
+
+
+class Section(BaseModel):
+    """One group of settings: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False, allow_inf_nan=False)
+
+
+class DecisionSettings(Section):
+    """What a decision may look like."""
+
+    roles: Annotated[Names, Field(min_length=1, max_length=16)] = Field(
+        ["planner", "builder", "tester", "refractor"], description="Roles that agents can take, separated by commas."
+    )
+    topologies: Annotated[list[Topology], BeforeValidator(_split), AfterValidator(_distinct), Field(min_length=1)] = (
+        Field(["single", "chain", "decentralized", "centralized"], description="Formations to choose from.")
+    )
+    step_bound: int = Field(12, ge=2, le=99, description="Upper bound of max_steps for teams.")
+
+
+class EndpointSettings(Section):
+    """The OpenAI-compatible server of the teacher, and of `infer --backend remote`."""
+
+    api_key: SecretStr | None = Field(None, description="API key; also LLM_API_KEY or OPENAI_API_KEY.")
+    base_url: str | None = Field(None, description="Base URL; also LLM_API_BASE, OPENAI_BASE_URL or OPENAI_API_BASE.")
+    timeout: float = Field(60.0, gt=0, description="Seconds until a request is given up.")
+    retries: int = Field(6, ge=0, description="How often a failed request is sent again.")
+
+
+class ModelSettings(Section):
+    """Where base models come from."""
+
+    model_dir: Folder | None = Field(None, description="Folder for downloaded models (default: the Hub's own cache).")
+    hf_token: SecretStr | None = Field(None, description="Hugging Face token for gated models; also HF_TOKEN.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Number type of the base model; auto measures which one this machine is fast in."
+    )
+
+
+class LabelSettings(Section):
+    """`router label`."""
+
+    data: Files = Field([], description="Task files, separated by commas; humaneval, or - for standard input.")
+    output: File = Field("humaneval_router_labels.jsonl", description="Label file to write.")
+    teacher: Literal["openai", "heuristic", "recorded"] = Field(
+        "openai",
+        description="Who decides: a model behind an endpoint, offline rules, or the decision in the task's own row.",
+    )
+    model: str = Field("gpt-4o", min_length=1, description="Teacher model.")
+    strategy: Literal["balanced", "prefer-single", "prefer-teams"] = Field(
+        "balanced", description="The teacher's leaning."
+    )
+    temperature: float = Field(0.1, ge=0, le=2, description="Sampling temperature of the teacher.")
+    concurrency: int = Field(16, ge=1, le=1024, description="Requests in flight at once.")
+    reask: int = Field(2, ge=0, le=10, description="How often an invalid answer is handed back.")
+    limit: int | None = Field(None, ge=1, description="Label only the first N tasks.")
+    skip_bad_lines: bool = Field(False, description="Record unreadable lines and go on.")
+
+
+class TrainSettings(Section):
+    """`router train`."""
+
+    data: Files = Field([], description="Label files, separated by commas.")
+    model: str = Field("Qwen/Qwen3-8B", min_length=1, description="Base model: Hub id, folder, .gguf file or alias.")
+    output_dir: Folder = Field(Path("outputs/adapter"), description="Folder for the adapter.")
+    max_length: int = Field(2048, ge=64, description="Greatest number of tokens of an example.")
+    max_samples: int | None = Field(None, ge=1, description="Train on at most N examples.")
+    sample_types: Names = Field([], description="Use only rows of these sample types.")
+    train_on_inputs: bool = Field(False, description="Learn the prompt too, not the answer alone.")
+    drop_no_output: bool = Field(False, description="Drop rows without a usable decision instead of refusing them.")
+    convert_humaneval: bool = Field(False, description="Label raw HumanEval rows offline on the way in.")
+    batch_size: int = Field(1, ge=1, description="Examples in a micro-batch.")
+    grad_accum: int = Field(8, ge=1, description="Micro-batches in a step.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the training examples.")
+    lr: float = Field(1e-4, gt=0, lt=1, description="Peak learning rate.")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the rate rises.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay.")
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="How the learning rate falls."
+    )
+    seed: int = Field(42, ge=0, description="Seed of everything random.")
+    use_4bit: bool = Field(False, description="Load the base in 4-bit NF4 with double quantisation (QLoRA).")
+    bf16: bool = Field(False, description="Compute in bfloat16 whatever the machine is fast in.")
+    fp16: bool = Field(False, description="Compute in float16.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory.")
+    logging_steps: int = Field(10, ge=1, description="Log every N steps.")
+    save_steps: int = Field(50, ge=1, description="Write a checkpoint every N steps.")
+    save_total_limit: int = Field(2, ge=1, description="Checkpoints to keep.")
+    target_modules: Names = Field(["all-linear"], description="Modules that get an adapter.")
+    lora_r: int = Field(8, ge=1, description="Rank of the adapter.")
+    lora_alpha: float = Field(16, gt=0, description="Scale of the adapter.")
+    lora_dropout: float = Field(0.05, ge=0, lt=1, description="Dropout in the adapter.")
+    lora_last_layers: int | None = Field(
+        None, ge=1, description="Adapt only the last N layers; what lies below is then computed once."
+    )
+    topology_weight: float = Field(
+        1.0, ge=1, description="How many times the topology's token counts in the loss; it is one of 30 to 50."
+    )
+    validation_share: float = Field(
+        0.15, ge=0, lt=1, description="Share held out where the rows bring no split of their own."
+    )
+    download_model: bool = Field(False, description="Fetch the base model and stop if there is no --data.")
+
+
+class InferSettings(Section):
+    """`router infer`."""
+
+    adapter: Folder | None = Field(None, description="Folder of a trained adapter.")
+    base: str | None = Field(
+        None, description="Base model: overrides the adapter's, or is asked untrained without one."
+    )
+    data: Files = Field([], description="Task files, separated by commas; - for standard input.")
+    output: File | None = Field(None, description="Predictions file to write (default: standard output).")
+    backend: Literal["local", "remote", "heuristic"] = Field("local", description="What decides.")
+    model: str | None = Field(None, description="Model name on the remote server.")
+    batch_size: int = Field(16, ge=1, description="Tasks decided at once.")
+    split: Literal["train", "validation", "test", "all"] = Field(
+        "all", description="Which tasks, where the rows say their split."
+    )
+    limit: int | None = Field(None, ge=1, description="Decide only the first N tasks.")
+    skip_bad_lines: bool = Field(False, description="Record unreadable lines and go on.")
+
+
+class EvalSettings(Section):
+    """`router eval`."""
+
+    predictions: File | None = Field(None, description="Predictions file of `router infer`.")
+    labels: Files = Field([], description="Label files to judge against; rows of the training split fit the baselines.")
+    adapter: Folder | None = Field(None, description="Predict with this adapter first.")
+    data: Files = Field([], description="Label files to predict and judge against, with --adapter.")
+    compare: Names = Field([], description="More predictions to judge beside: NAME=FILE, separated by commas.")
+    probe: str | None = Field(None, description="Frozen base model for the linear-probe baseline.")
+    split: Literal["train", "validation", "test", "all"] = Field("test", description="Which rows to judge on.")
+    output_dir: Folder = Field(Path("outputs/eval"), description="Folder for report.json and report.html.")
+    resamples: int = Field(2000, ge=100, le=100_000, description="Bootstrap resamples for intervals.")
+    seed: int = Field(42, ge=0, description="Seed of the resampling and of the random baseline.")
+
+
+class QuickstartSettings(Section):
+    """`router quickstart`."""
+
+    output_dir: Folder = Field(Path("outputs/quickstart"), description="Folder for the whole run.")
+    model: str = Field(SMALL_MODEL, min_length=1, description="Base model.")
+    teacher: Literal["recorded", "heuristic"] = Field(
+        "recorded", description="Who labels the training tasks: their written rubric decisions, or the offline rules."
+    )
+
+
+class Settings(Section):
+    """Everything that can be set. Made by `load`."""
+
+    decision: DecisionSettings = DecisionSettings()
+    endpoint: EndpointSettings = EndpointSettings()
+    models: ModelSettings = ModelSettings()
+    label: LabelSettings = LabelSettings()
+    train: TrainSettings = TrainSettings()
+    infer: InferSettings = InferSettings()
+    eval: EvalSettings = EvalSettings()
+    quickstart: QuickstartSettings = QuickstartSettings()
+
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def origin(self, key: str) -> str:
+        """Where the value of `section.field` comes from: an option, a variable, a file, or `default`."""
+        return self._origins.get(key, "default")
+
+    def with_values(self, **values: Any) -> Settings:
+        """A copy with other values, given as `train__lr=1e-4`; used where code, not a user, sets something."""
+        changed = {key.replace("__", "."): value for key, value in values.items()}
+        return _build({**_given(self), **changed}, {**self._origins, **dict.fromkeys(changed, "set by router")})
+
+
+def _given(settings: Settings) -> dict[str, Any]:
+    return {key: getattr(getattr(settings, key.split(".")[0]), key.split(".")[1]) for key in settings._origins}
+
+
+def fields() -> Iterator[tuple[str, Any]]:
+    """Every (`section.field`, pydantic FieldInfo), in the order of declaration."""
+    for section, info in Settings.model_fields.items():
+        kind: Any = info.annotation
+        for name, field in kind.model_fields.items():
+            yield f"{section}.{name}", field
+
+
+KEYS: frozenset[str] = frozenset(key for key, _ in fields())
+
+# Names that users already have in their environment, strongest first; below ROUTER_*.
+_KNOWN_VARIABLES = {
+    "endpoint.api_key": ("LLM_API_KEY", "OPENAI_API_KEY"),
+    "endpoint.base_url": ("LLM_API_BASE", "OPENAI_BASE_URL", "OPENAI_API_BASE"),
+    "models.hf_token": ("HF_TOKEN",),
+}
+
+
+def variable(key: str) -> str:
+    """The environment variable of `section.field`."""
+    return PREFIX + key.replace(".", "__").upper()
+
+
+def load(
+    options: Mapping[str, tuple[str, Any]] | None = None,
+    config: str | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Settings:
+    """Read the settings.
+
+    `options` maps `section.field` to (how the user wrote it, value) and is strongest; then come the environment, the
+    TOML file `config` (or `router.toml` in this folder, if there is one), and the defaults.
+    Raises SettingsError naming the key, its origin, what was expected and what came.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for source in (_from_file(config), _from_environment(os.environ if environ is None else environ), options or {}):
+        for key, (origin, value) in source.items():
+            if key not in KEYS:
+                raise SettingsError(f"{origin}: there is no setting {key!r}{nearest(key, KEYS)}")
+            values[key], origins[key] = value, origin
+    return _build(values, origins)
+
+
+def _from_file(config: str | None) -> dict[str, tuple[str, Any]]:
+    path = Path(CONFIG_FILE if config is None else config).expanduser()
+    named = str(path) if config is None else f"--config {config}"
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        if config is None:
+            return {}
+        raise SettingsError(f"{named}: no such file") from None
+    except UnicodeError:
+        raise SettingsError(f"{named}: is not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        raise SettingsError(f"{named}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{path}: is not TOML: {error}") from None
+    found: dict[str, tuple[str, Any]] = {}
+    for section, content in table.items():
+        if section not in Settings.model_fields:
+            raise SettingsError(f"{path}: there is no section {section!r}{nearest(section, Settings.model_fields)}")
+        if not isinstance(content, dict):
+            raise SettingsError(f"{path}: {section} must be a table, [{section}]")
+        found |= {f"{section}.{name}": (str(path), value) for name, value in content.items()}
+    return found
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
+    found: dict[str, tuple[str, Any]] = {}
+    for key, names in _KNOWN_VARIABLES.items():
+        for name in reversed(names):
+            if environ.get(name):
+                found[key] = (name, environ[name])
+    by_name = {variable(key): key for key in KEYS}
+    for name, value in environ.items():
+        if name.upper() in by_name:
+            if value:  # an empty variable is an unset one, as for the names above
+                found[by_name[name.upper()]] = (name, value)
+        elif _meant_for_us(name.upper()):
+            raise SettingsError(f"{name}: there is no such setting{nearest(name.upper(), by_name)}")
+    return found
+
+
+def _meant_for_us(name: str) -> bool:
+    # Kubernetes sets ROUTER_SERVICE_HOST, ROUTER_PORT and the like wherever a service is called router.
+    section = name.removeprefix(PREFIX).split("_")[0].lower()
+    return name.startswith(PREFIX) and ("__" in name or section in Settings.model_fields)
+
+
+def _build(values: Mapping[str, Any], origins: dict[str, str]) -> Settings:
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, name = key.split(".")
+        nested.setdefault(section, {})[name] = value
+    try:
+        settings = Settings(**nested)  # pydantic makes the sections
+    except ValidationError as error:
+        raise SettingsError(_explain(error, origins)) from None
+    settings._origins.update(origins)
+    return settings
+
+
+def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"][:2])
+    words = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    for pydantics, ours in (
+        ("should be greater than or equal to", "must be >="),
+        ("should be less than or equal to", "must be <="),
+        ("should be greater than", "must be >"),
+        ("should be less than", "must be <"),
+        ("should be", "must be"),
+        ("Value should have", "must have"),
+        (" after validation", ""),
+        (" for <class 'pathlib.Path'>", ""),
+    ):
+        words = words.replace(pydantics, ours)
+    got = "" if any(word in key for word in ("key", "token")) else f", got {first['input']!r}"
+    return f"{key} ({origins.get(key, 'default')}): {words[:1].lower()}{words[1:]}{got}"
+
+
+def nearest(name: str, known: Any) -> str:
+    """`; did you mean 'x'?` where something known is close, else nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,219 @@
+"""What each command shows at its end: a (renderable, document) pair, for people and for --json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import SecretStr
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from router_cli import costs
+from router_cli.schema import Prediction, Score
+from router_cli.settings import Settings, fields
+
+if TYPE_CHECKING:
+    from router_cli.doctor import Finding
+    from router_cli.infer import InferResult
+    from router_cli.label import LabelResult
+    from router_cli.quickstart import Quickstart
+    from router_cli.scoring.results import Report
+    from router_cli.train import TrainResult
+
+Shown = tuple[RenderableType, dict[str, Any]]
+
+
+def labelled(result: LabelResult) -> Shown:
+    """What `label` wrote, what it cost, and how the topologies fell."""
+    total = sum(result.topologies.values())
+    mix = ", ".join(f"{name} {count} ({count / total:.0%})" for name, count in result.topologies.items() if total)
+    lines = [
+        f"{total} labels in {result.output} ({result.labelled} new, {result.resumed} from before)",
+        f"topologies: {mix or 'none'}",
+    ]
+    usage = result.usage
+    if usage.attempts and (usage.prompt_tokens or usage.completion_tokens):
+        lines.append(
+            f"this run: {usage.attempts} requests, {usage.prompt_tokens} + {usage.completion_tokens} tokens, "
+            f"{costs.dollars(usage.cost_usd)}; all rows: {costs.dollars(result.usage_all.cost_usd)}"
+        )
+    if result.normalised:
+        lines.append(f"{result.normalised} answers were made canonical (role aliases, order): see provenance.normalised")
+    if result.rejected:
+        lines.append(f"{result.rejected} tasks have no usable decision: see {result.rejected_path}")
+    if result.unanswered:
+        lines.append(f"{result.unanswered} tasks got no answer: the same command asks them again")
+    if result.skipped:
+        lines.append(f"{result.skipped} lines could not be read and were skipped")
+    return Text("\n".join(lines)), _document(result)
+
+
+def trained(result: TrainResult) -> Shown:
+    """What `train` made."""
+    if result.adapter is None:
+        return Text(f"{result.base.name} is at {result.base.folder}"), _document(result)
+    if result.already_done:
+        return Text(f"adapter in {result.adapter} (made before)"), _document(result)
+    score = result.validation_macro_f1
+    lines = [
+        f"adapter in {result.adapter}: {result.train_examples} examples, {result.steps} steps, {result.seconds:.0f} s",
+        f"loss {_number(result.first_loss)} -> {_number(result.last_loss)}; "
+        + (f"topology macro-F1 {score:.3f} on {result.validation_examples} validation tasks" if score is not None
+           else "no validation tasks"),
+        f'next: router infer --adapter {result.adapter} "Sort a list of integers"',
+    ]
+    return Text("\n".join(lines)), _document(result)
+
+
+def decided(result: InferResult, as_json: bool) -> Shown:
+    """One task as a small table, a file as a line about it, standard output as JSON lines."""
+    if result.output is not None:
+        lines = [f"{result.decided} decisions added to {result.output} ({result.resumed} from before)"]
+        if result.fallbacks:
+            lines.append(f"{result.fallbacks} of them are fallbacks: see the field fallback")
+        if result.skipped:
+            lines.append(f"{result.skipped} lines could not be read and were skipped")
+        return Text("\n".join(lines)), _document(result)
+    rows = [row.model_dump(mode="json") for row in result.predictions]
+    if len(rows) == 1:
+        return decision_table(result.predictions[0]), rows[0]
+    return Text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows)), {"predictions": rows}
+
+
+def decision_table(row: Prediction) -> Table:
+    """A decision for people."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    decision = row.decision
+    assert decision is not None  # every backend decides
+    table.add_row("topology", Text(decision.topology, style="bold"))
+    table.add_row("roles", " -> ".join(decision.roles) if decision.topology == "chain" else ", ".join(decision.roles))
+    if decision.manager_role:
+        table.add_row("manager", decision.manager_role)
+    table.add_row("entry", decision.entry_role)
+    table.add_row("max steps", str(decision.max_steps))
+    if row.topologies:
+        shares = sorted(row.topologies.items(), key=lambda one: -one[1])
+        table.add_row("probabilities", ", ".join(f"{name} {share:.2f}" for name, share in shares))
+    if row.fallback:
+        table.add_row("fallback", row.fallback)
+    table.add_row("by", f"{row.backend}: {row.model}, {row.milliseconds:.0f} ms")
+    return table
+
+
+def judged(report: Report, settings: Settings) -> Shown:
+    """The comparison and where the report lies."""
+    folder = settings.eval.output_dir
+    parts = [Text(report.summary[0], style="bold"), Text(report.summary[1]), comparison(report)]
+    parts.append(Text(f"{folder / 'report.html'} and {folder / 'report.json'}"))
+    return Group(*parts), report.model_dump(mode="json")
+
+
+def comparison(report: Report) -> Table:
+    """Every system with its macro-F1 and accuracy, and what its difference to the router says."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("system", "macro-F1", "accuracy", "router is", "by (macro-F1)"):
+        table.add_column(name, no_wrap=name != "by (macro-F1)")
+    for system in sorted(report.systems, key=lambda one: -one.macro_f1.value):
+        found = system.macro_f1_difference
+        table.add_row(
+            Text(system.name, style="bold" if system.kind == "router" else ""),
+            _interval(system.macro_f1),
+            _interval(system.accuracy),
+            found.verdict if found else "",
+            f"{found.score.value:+.3f} ({found.score.low:+.3f} to {found.score.high:+.3f})" if found else "",
+        )
+    return table
+
+
+def started(run: Quickstart) -> Shown:
+    """The closing panel of the quickstart."""
+    assert run.report is not None and run.trained is not None  # the loop has ended
+    adapter = run.folder / "adapter"
+    made = Table(show_header=False, box=None, pad_edge=False)
+    for file, what in (
+        ("labels.jsonl", "the teacher's decisions as training rows"),
+        ("adapter/", f"the router: LoRA on {run.base.name}, {run.trained.steps} steps"),
+        ("predictions.jsonl", "its decisions for the held-out test tasks"),
+        ("report.html", "how good they are, with pictures (report.json for programs)"),
+    ):
+        made.add_row(Text(str(run.folder / file), style="bold"), what)
+    times = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in run.seconds.items())
+    decisions = [Group(Text(f"\n“{text}”", style="italic"), decision_table(row)) for text, row in run.examples]
+    following = (
+        f'router infer --adapter {adapter} "your own task"\n'
+        "router label --data YOUR_TASKS.jsonl --output labels.jsonl --model gpt-4o\n"
+        "router train --data labels.jsonl --model Qwen/Qwen3-8B --use-4bit --bf16 --output-dir models/router"
+    )
+    body = Group(
+        Text("Made", style="bold cyan"),
+        made,
+        Text(f"Time: {times}; {sum(run.seconds.values()):.0f} s in all\n"),
+        Text(f"How good, on {run.report.counts.judged} held-out tasks (95 % intervals)", style="bold cyan"),
+        comparison(run.report),
+        Text("\nThree decisions", style="bold cyan"),
+        *decisions,
+        Text("\nNext", style="bold cyan"),
+        Text(following),
+    )
+    document = {
+        "folder": str(run.folder),
+        "base": _document(run.base),
+        "seconds": run.seconds,
+        "training": _document(run.trained),
+        "examples": [{"task": text, **row.model_dump(mode="json")} for text, row in run.examples],
+        "report": run.report.model_dump(mode="json"),
+    }
+    return Panel(body, title="router quickstart", title_align="left"), document
+
+
+def examined(findings: list[Finding]) -> Shown:
+    """The doctor's findings, each with its fix."""
+    marks = {"fine": ("ok", "green"), "note": ("--", "yellow"), "wrong": ("no", "bold red")}
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for finding in findings:
+        mark, style = marks[finding.state]
+        table.add_row(Text(mark, style=style), finding.name, Text(finding.words))
+        if finding.fix:
+            table.add_row("", "", Text(f"-> {finding.fix}", style="cyan"))
+    return table, {"findings": [dataclasses.asdict(finding) for finding in findings]}
+
+
+def configured(settings: Settings) -> Shown:
+    """Every setting, its value and its origin."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("setting", "value", "from"):
+        table.add_column(name, overflow="fold")
+    document: dict[str, Any] = {}
+    for key, _ in fields():
+        section, name = key.split(".")
+        value = getattr(getattr(settings, section), name)
+        plain = "********" if isinstance(value, SecretStr) else value
+        origin = settings.origin(key)
+        document[key] = {"value": str(plain) if isinstance(plain, Path) else plain, "from": origin}
+        shown = ",".join(plain) if isinstance(plain, list) else "" if plain is None else str(plain)
+        table.add_row(Text(key), Text(shown), Text(origin, style="dim" if origin == "default" else "bold"))
+    return table, document
+
+
+def _interval(score: Score) -> str:
+    return f"{score.value:.3f} ({score.low:.3f}-{score.high:.3f})"
+
+
+def _number(value: float | None) -> str:
+    return "?" if value is None else f"{value:.3f}"
+
+
+def _document(value: Any) -> Any:
+    """A result object as plain JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: _document(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    if isinstance(value, list | tuple):
+        return [_document(one) for one in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,272 @@
+"""`router train`: labels in, a LoRA adapter out, through TRL's SFTTrainer.
+
+The folder it writes:
+
+    adapter_config.json, adapter_model.safetensors    the adapter, as PeftModel.from_pretrained reads it
+    tokenizer.json, tokenizer_config.json, ...        the tokenizer
+    router_lora_meta.json                             written last: a folder that has it is a finished router
+    loss.json, loss.svg, README.md                    the log, its picture, the model card
+    checkpoints/                                      what a continued run needs
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from router_cli import __version__, dataset, models, prompts
+from router_cli.backends import space_from
+from router_cli.backends.device import best_device, fast_dtype
+from router_cli.backends.local import META, load, quiet
+from router_cli.checkpoints import Run
+from router_cli.errors import TrainingError, UsageError
+from router_cli.jsonl import replacing, write_json, writing
+from router_cli.models import file_sha256
+from router_cli.progress import SILENT, Progress
+from router_cli.schema import Example
+from router_cli.settings import Settings
+from router_cli.space import DecisionSpace
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run made. `steps` is the number of optimizer steps; `adapter` None after a mere download."""
+
+    adapter: Path | None
+    base: models.BaseModel
+    steps: int = 0
+    seconds: float = 0.0
+    train_examples: int = 0
+    validation_examples: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    validation_macro_f1: float | None = None
+    already_done: bool = False
+
+
+def train(settings: Settings, progress: Progress = SILENT) -> TrainResult:
+    """Fine-tune the router that `settings.train` describes; continue an unfinished run of the same settings.
+
+    Raises TrainingError for data or settings that cannot work, ModelError for the base model, InputError for label
+    files. Ctrl-C writes a checkpoint and raises KeyboardInterrupt.
+    """
+    options = settings.train
+    if options.bf16 and options.fp16:
+        raise UsageError("--bf16 and --fp16 exclude each other")
+    if not options.data:
+        if not options.download_model:
+            raise UsageError("nothing to train on: pass --data FILE with labels (`router label` makes them)")
+        return TrainResult(None, models.resolve(options.model, settings, progress))
+    space = _space(settings)
+    data = dataset.build(settings, space)
+    for warning in data.warnings:
+        progress.warn(warning)
+    base = models.resolve(options.model, settings, progress)
+    run = Run(options.output_dir, _fingerprint(settings, space))
+    if done := run.finished():
+        progress.notice(f"{options.output_dir} already holds this very adapter; nothing to do")
+        return _result(done["metrics"], options.output_dir, base, already_done=True)
+    run.begin()
+    return _fit(settings, space, data, base, run, progress)
+
+
+def _space(settings: Settings) -> DecisionSpace:
+    """The settings' space; the roles are the data's own unless the user named some."""
+    space = space_from(settings)
+    if settings.origin("decision.roles") != "default":
+        return space
+    roles = dataset.roles_of(settings.train.data)
+    return DecisionSpace(roles or space.roles, space.topologies, space.step_bound)
+
+
+# What may change between a run and its continuation without making it another run.
+_NEUTRAL = {"output_dir", "data", "logging_steps", "save_steps", "save_total_limit", "download_model"}
+
+
+def _fingerprint(settings: Settings, space: DecisionSpace) -> dict[str, Any]:
+    """Everything that makes two runs the same: settings, the bytes of the data, the prompt."""
+    chosen = settings.train.model_dump(mode="json", exclude=_NEUTRAL)
+    hashes = [file_sha256(Path(path)) for path in settings.train.data]
+    return {
+        **{f"train.{key}": value for key, value in chosen.items()},
+        "data": hashes,
+        "roles": list(space.roles),
+        "topologies": list(space.topologies),
+        "step_bound": space.step_bound,
+        "prompt_version": prompts.PROMPT_VERSION,
+    }
+
+
+def _result(metrics: dict[str, Any], adapter: Path, base: models.BaseModel, already_done: bool) -> TrainResult:
+    known = {field.name for field in fields(TrainResult)}
+    return TrainResult(adapter, base, **{k: v for k, v in metrics.items() if k in known}, already_done=already_done)
+
+
+def _fit(
+    settings: Settings, space: DecisionSpace, data: dataset.Dataset, base: models.BaseModel, run: Run, progress: Progress
+) -> TrainResult:
+    """Load, train, keep the best, write the folder."""
+    from router_cli import trainer
+
+    started, options = time.perf_counter(), settings.train
+    model, tokenizer = _load(settings, base, progress)
+    rows = _encode(data.train, space, tokenizer, options.max_length, progress)
+    fitted = trainer.fit(model, tokenizer, space, rows, data.validation, settings, run, progress)
+    metrics = {
+        "steps": fitted.steps,
+        "seconds": round(time.perf_counter() - started, 1),
+        "train_examples": len(rows),
+        "validation_examples": len(data.validation),
+        "first_loss": fitted.losses[0] if fitted.losses else None,
+        "last_loss": fitted.losses[-1] if fitted.losses else None,
+        "validation_macro_f1": fitted.best_score,
+        "best_epoch": fitted.best_epoch,
+    }
+    _write(settings, space, data, base, run, fitted, tokenizer, metrics)
+    run.clean()
+    return _result(metrics, options.output_dir, base, already_done=False)
+
+
+def _load(settings: Settings, base: models.BaseModel, progress: Progress) -> tuple[Any, Any]:
+    """The base model in the type and quantisation that the settings ask for and the machine can give."""
+    import torch
+
+    train, options, device = settings.train, dict[str, Any](), best_device()
+    if train.bf16 or train.fp16:
+        name = "bf16" if train.bf16 else "fp16"
+        options["dtype"] = torch.bfloat16 if train.bf16 else torch.float16
+        if device == "cpu" and (train.fp16 or fast_dtype("cpu") == "float32"):
+            # The old guide's command lines say --bf16 for GPUs; on such a CPU it would cost up to ten times the time.
+            progress.warn(f"--{name} is slow on this CPU: training in float32 instead")
+            options["dtype"] = torch.float32
+    if train.use_4bit:
+        if quantised := _four_bit(options.get("dtype")):
+            options |= {"quantization_config": quantised, "device_map": {"": 0}}
+        else:
+            progress.warn("--use-4bit needs a CUDA GPU and bitsandbytes: going on with plain LoRA")
+    model, tokenizer = load(base, settings, **options)
+    if "quantization_config" in options:
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=train.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+    return model, tokenizer
+
+
+def _four_bit(dtype: Any) -> Any:
+    """NF4 with double quantisation, as QLoRA has it (Dettmers et al. 2023); None where it cannot be had."""
+    import importlib.util
+
+    import torch
+
+    if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype or getattr(torch, fast_dtype("cuda")),
+    )
+
+
+def _encode(
+    examples: Sequence[Example], space: DecisionSpace, tokenizer: Any, max_length: int, progress: Progress
+) -> list[prompts.Encoded]:
+    encoded = []
+    for example in examples:
+        try:
+            encoded.append(prompts.encode_example(example.text, example.decision, space, tokenizer, max_length))
+        except ValueError as error:
+            raise TrainingError(f"example {example.task_id}: {error}; raise --max-length") from None
+    if cut := sum(one.cut_tokens > 0 for one in encoded):
+        progress.warn(
+            f"{cut} of {len(encoded)} tasks are longer than --max-length {max_length}: "
+            "shortened in the middle of the task, never in the answer"
+        )
+    return encoded
+
+
+def _write(
+    settings: Settings,
+    space: DecisionSpace,
+    data: dataset.Dataset,
+    base: models.BaseModel,
+    run: Run,
+    fitted: Any,
+    tokenizer: Any,
+    metrics: dict[str, Any],
+) -> None:
+    """Write the finished adapter's folder, the description last."""
+    from router_cli.scoring.pictures import loss_picture
+
+    folder = settings.train.output_dir
+    with writing(folder), quiet():
+        fitted.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    with replacing(folder / "loss.json") as file:
+        json.dump(fitted.log, file, indent=1)
+    with replacing(folder / "loss.svg") as file:
+        file.write(loss_picture(fitted.curve))
+    meta = {
+        "router": __version__,
+        "base_model": {
+            "name": base.name,
+            "folder_or_id": _portable(base),
+            "source": base.source,
+            "revision": base.revision,
+        },
+        "prompt_version": prompts.PROMPT_VERSION,
+        "roles": list(space.roles),
+        "topologies": list(space.topologies),
+        "step_bound": space.step_bound,
+        "data": [{"file": path, "sha256": file_sha256(Path(path))} for path in settings.train.data],
+        "split": {
+            "train": [example.task_id for example in data.train],
+            "validation": [example.task_id for example in data.validation],
+        },
+        "settings": settings.train.model_dump(mode="json"),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")},
+        "metrics": metrics,
+        # Probabilities are the model's own until a calibration is fitted on the validation split.
+        "calibration": None,
+        "fingerprint": run.fingerprint,
+    }
+    with replacing(folder / "README.md") as file:
+        file.write(_card(meta))
+    write_json(folder / META, meta)
+
+
+def _portable(base: models.BaseModel) -> str:
+    """What finds the base again: an alias or Hub id stays one, a folder or file is kept with its whole path."""
+    return base.name if base.source in ("cache", "hub", "package") else str(Path(base.name).expanduser().resolve())
+
+
+def _card(meta: dict[str, Any]) -> str:
+    metrics = meta["metrics"]
+    score = metrics["validation_macro_f1"]
+    held_out = "no validation rows" if score is None else f"topology macro-F1 {score:.3f} on the validation split"
+    return f"""---
+base_model: {meta["base_model"]["name"]}
+library_name: peft
+tags: [router, lora, trl]
+---
+# A router for agent formations
+
+Decides which formation of LLM agents ({", ".join(meta["topologies"])}) with which of the roles
+{", ".join(meta["roles"])} a coding task needs. LoRA adapter of `{meta["base_model"]["name"]}`, trained by
+`router train` {meta["router"]} on {metrics["train_examples"]} labelled tasks in {metrics["steps"]} steps; {held_out}.
+
+    router infer --adapter THIS_FOLDER "Sort a list of integers"
+
+`{META}` says everything about how it was made.
+"""
