@@ -66,9 +66,12 @@ class Run:
                 shutil.rmtree(folder, ignore_errors=True)
         return best
 
-    def mark(self, step: int) -> None:
-        """Declare the checkpoint of `step` complete."""
+    def mark(self, step: int, keep: int) -> None:
+        """Declare the checkpoint of `step` complete, and only then drop all but the newest `keep`."""
         write_json(self.checkpoints / f"checkpoint-{step}" / MARK, {"step": step})
+        for folder in sorted(self.checkpoints.glob("checkpoint-*"), key=_step)[:-keep]:
+            (folder / MARK).unlink(missing_ok=True)  # a kill must not leave a marked one with half its files
+            shutil.rmtree(folder, ignore_errors=True)
 
     def clean(self) -> None:
         """Drop the checkpoints of a finished run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from router_cli import __version__, options
 from router_cli.console import Console
 from router_cli.errors import RouterError
 from router_cli.options import Call, with_settings
+
+INTERRUPTED = 130
 
 SPACE = ("decision.roles", "decision.topologies", "decision.step_bound")
 ENDPOINT = ("endpoint.base_url", "endpoint.timeout", "endpoint.retries")
@@ -39,7 +42,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _app(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, metavar="", help="Show the version and exit.")
     ] = False,
 ) -> None:
     pass
@@ -69,7 +72,9 @@ def train(call: Call) -> None:
 
 @app.command(rich_help_panel="The loop")
 @with_settings("infer", *SPACE, "endpoint.base_url", "endpoint.timeout", *BASES)
-def infer(call: Call, task: Annotated[str | None, typer.Argument(help="One task as text; or pass --data.")] = None) -> int:
+def infer(
+    call: Call, task: Annotated[str | None, typer.Argument(help="One task as text; or pass --data.")] = None
+) -> int:
     """Decide for one task, or for a file of them."""
     from router_cli.infer import infer
     from router_cli.summaries import decided
@@ -103,7 +108,9 @@ def quickstart(call: Call) -> None:
 @with_settings(None, "endpoint.base_url", "train.model", *BASES)
 def doctor(
     call: Call,
-    ask: Annotated[bool, typer.Option("--ask", help="Also ask the teacher model one question; that costs money.")] = False,
+    ask: Annotated[
+        bool, typer.Option("--ask", metavar="", help="Also ask the teacher model one question; that costs money.")
+    ] = False,
 ) -> int:
     """Check Python, packages, GPU, disk, key, endpoint and model; say how to mend what is wrong."""
     from router_cli.doctor import examine
@@ -128,11 +135,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = options.dashed(list(sys.argv[1:] if argv is None else argv))
     options.State.verbosity = 0
     try:
-        return int(app(args=words, prog_name="router", standalone_mode=False) or 0)
+        code = int(app(args=words, prog_name="router", standalone_mode=False) or 0)
     except RouterError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; the same command again goes on from here", 130)
+        code = INTERRUPTED
     except BrokenPipeError:
         # The reader of our output went away, as `head` does.
         sys.stderr.close()
@@ -143,10 +150,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             message = str(error.format_message()).strip().replace("\n", " ")
             return _fail(message.rstrip(".") + "; see --help", 2) if message else 2
         return _fail(f"unexpected {type(error).__name__}: {error}; run again with -vv and report what it shows", 1)
+    # Typer itself turns Ctrl-C into this code, without a word.
+    return _fail("interrupted; the same command again goes on from here", code) if code == INTERRUPTED else code
 
 
 def _fail(message: str, code: int) -> int:
-    if options.State.verbosity >= 2:
+    if options.State.verbosity >= 2 and sys.exc_info()[0] is not None:
         traceback.print_exc()
     Console().error(" ".join(message.split()))
     return code
@@ -154,4 +163,7 @@ def _fail(message: str, code: int) -> int:
 
 def entry() -> None:
     """The `router` program."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A Windows code page lacks most characters: better `\u2026` than no result.
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -1,9 +1,9 @@
 """The only printer. stdout carries results, stderr carries progress, cost and warnings.
 
-    terminal    Rich progress bars with rate and remaining time, panels, colours (none under NO_COLOR)
-    pipe        plain lines, at most one every few seconds a bar
-    --json      one JSON document on stdout, nothing else there
-    -q          stderr is silent but for errors
+terminal    Rich progress bars with rate and remaining time, panels, colours (none under NO_COLOR)
+pipe        plain lines, at most one every few seconds a bar
+--json      one JSON document on stdout, nothing else there
+-q          stderr is silent but for errors
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ class Console:
 
     def __init__(self, verbosity: int = 0, as_json: bool = False) -> None:
         self.verbosity, self.as_json = verbosity, as_json
-        self._out = RichConsole(file=sys.stdout, highlight=False, soft_wrap=True)
-        self._err = RichConsole(file=sys.stderr, highlight=False, soft_wrap=True, stderr=True)
+        # Paths and code go out as they are: `:key:` would become a picture of one.
+        plain: dict[str, Any] = {"highlight": False, "soft_wrap": True, "emoji": False}
+        self._out = RichConsole(file=sys.stdout, **plain)
+        self._err = RichConsole(file=sys.stderr, stderr=True, **plain)
         self._live: Progress | None = None
         self._open = 0
 
@@ -60,7 +62,9 @@ class Console:
         if not self.as_json:
             self._out.print(shown, markup=False)
         elif document is not None:
-            self.raw(json.dumps(_plain(document), ensure_ascii=False, indent=2))
+            text = json.dumps(_plain(document), ensure_ascii=False, indent=2)
+            # A Windows code page, or half of an emoji: what the stream cannot take is written as \uXXXX.
+            self.raw(text if _takes(sys.stdout.encoding, text) else json.dumps(_plain(document), indent=2))
 
     def raw(self, text: str) -> None:
         """Put a line on stdout as it is."""
@@ -151,16 +155,18 @@ class _Drawn:
 
     def advance(self, steps: int = 1, status: str = "") -> None:
         """Move the bar."""
-        self._live.update(self._task, advance=steps, **({"status": status} if status else {}))
+        self._live.update(self._task, advance=steps)
+        if status:
+            self._live.update(self._task, status=status)
 
 
 class _Lines:
-    """A bar for pipes: a line when it opens, every few seconds, and when it ends."""
+    """A bar for pipes: a line every few seconds, and when it ends."""
 
     def __init__(self, console: RichConsole, title: str, total: int | None, done: int) -> None:
         self._console, self._title, self._total, self._done, self._begun = console, title, total, done, done
         self._started = self._said = time.monotonic()
-        self._status = ""
+        self._status, self._said_at = "", -1
 
     def advance(self, steps: int = 1, status: str = "") -> None:
         """Count, and say so from time to time."""
@@ -172,9 +178,11 @@ class _Lines:
 
     def close(self) -> None:
         """Say how it ended."""
-        self._say()
+        if self._done != self._said_at:
+            self._say()
 
     def _say(self) -> None:
+        self._said_at = self._done
         spent = time.monotonic() - self._started
         made = self._done - self._begun
         parts = [f"{self._title}: {self._done}" + (f"/{self._total}" if self._total is not None else "")]
@@ -186,6 +194,14 @@ class _Lines:
         if self._status:
             parts.append(self._status)
         self._console.print(", ".join(parts), markup=False)
+
+
+def _takes(encoding: str | None, text: str) -> bool:
+    try:
+        text.encode(encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def _plain(document: BaseModel | dict[str, Any]) -> Any:

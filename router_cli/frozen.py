@@ -76,6 +76,8 @@ class FrozenLayers:
         # The model's loop runs over as many layers as its config says; the hook's own layer is the last one needed.
         config.num_hidden_layers = self._keep_from + 1
         cache = _cache(self._decoder, 0) if self._shared else None
+        training = self._decoder.training
+        self._decoder.eval()  # the dropout of that last layer would draw from the generator that training draws from
         try:
             with torch.no_grad():
                 for part in [*([rows[0][: self._shared]] if cache else []), *(row[self._shared :] for row in rows)]:
@@ -84,10 +86,11 @@ class FrozenLayers:
                     self._decoder(ids, past_key_values=cache, use_cache=cache is not None)
                     # A clone of its own: a view would keep the whole forward's storage.
                     self._states[self._key(part)] = caught[0][0].detach().clone()
-                    if cache is not None:
-                        cache.crop(self._shared - cache.get_seq_length())
+                    if cache is not None and (extra := cache.get_seq_length() - self._shared):
+                        cache.crop(-extra)
                     each()
         finally:
+            self._decoder.train(training)
             config.num_hidden_layers = layers
             hook.remove()
 

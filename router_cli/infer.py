@@ -9,7 +9,7 @@ from pathlib import Path
 
 from router_cli.backends import Backend, make_backend
 from router_cli.errors import InputError, OutputError, UsageError
-from router_cli.jsonl import Appender, read_json, read_rows, write_json
+from router_cli.jsonl import Appender, read_json, read_rows, write_json, writing
 from router_cli.progress import SILENT, Progress
 from router_cli.schema import Prediction, Task
 from router_cli.settings import Settings
@@ -104,6 +104,10 @@ def _continued(output: Path, settings: Settings) -> int:
 
     Raises OutputError where the file comes from another call: it is not mixed and not overwritten.
     """
+    if output.is_dir():
+        raise OutputError(f"{output}: is a folder, expected a file to write the predictions to")
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
     note = output.with_name(f".{output.name}.infer.json")
     mine = _identity(settings)
     if not output.exists() or output.stat().st_size == 0:

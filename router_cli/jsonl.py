@@ -208,13 +208,13 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     A link stays a link, and a device or pipe (/dev/null, /dev/stdout) is written to, not replaced.
     """
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
-    path = Path(os.path.realpath(path))
+    named, path = path, Path(os.path.realpath(path))  # failures speak of the path as the user gave it
     if path.exists() and not path.is_file() and not path.is_dir():
-        with writing(path), path.open(mode, encoding=encoding, newline=newline) as f:
+        with writing(named), path.open(mode, encoding=encoding, newline=newline) as f:
             yield f
         return
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with writing(path):
+    with writing(named):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with beside.open(mode, encoding=encoding, newline=newline) as f:
@@ -265,6 +265,8 @@ def writing(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals to write `path` into an OutputError."""
     try:
         yield
+    except FileExistsError as error:  # from making the folders above it
+        raise OutputError(f"{path}: cannot be written: a file stands where its folder should be") from error
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {reason(error)}") from error
 

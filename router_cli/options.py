@@ -47,6 +47,7 @@ def with_settings(section: str | None, *shared: str) -> Callable[[Callable[..., 
     """
     keys = [key for key in FIELDS if key.split(".")[0] == section] + list(shared)
     names = {key: key.split(".")[1] for key in keys}
+    flags = [key for key in keys if FIELDS[key].annotation is bool]
 
     def decorate(command: Callable[..., int | None]) -> Callable[..., None]:
         @functools.wraps(command)
@@ -59,13 +60,16 @@ def with_settings(section: str | None, *shared: str) -> Callable[[Callable[..., 
                 for key in keys
                 if (value := given.pop(names[key])) is not None
             }
+            for key in flags:
+                if given.pop(f"no_{names[key]}"):
+                    chosen[key] = (_spelling(f"no_{names[key]}"), False)
             settings = load({**chosen, **_set(given.pop("assignments") or [])}, given.pop("config"))
             code = command(Call(settings, Console(State.verbosity, as_json)), **given)
             if code:
                 raise typer.Exit(code)
 
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "call"]
-        made = [_option(key, names[key]) for key in keys]
+        made = [_option(key, names[key]) for key in keys] + [_negation(names[key]) for key in flags]
         run.__signature__ = inspect.Signature([*own, *made, *_globals()])  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in (*own, *made, *_globals())}
         return run
@@ -87,26 +91,42 @@ def _option(key: str, name: str) -> inspect.Parameter:
     default = info.default
     text = info.description or ""
     if default not in (None, [], False) and "default" not in text:
-        shown = ",".join(default) if isinstance(default, list) else default
+        shown = ", ".join(default) if isinstance(default, list) else default
         text += f" Default: {shown}."
     choices = _choices(kind)
     if choices:
         text += f" One of: {', '.join(choices)}."
     annotation: Any = str | None
     if kind is bool:
-        spelling, annotation = f"{spelling}/--no-{name.replace('_', '-')}", bool | None
+        annotation = bool | None
     elif _is_path(key):
         annotation = Path | None
     option = typer.Option(
         spelling,
         help=text.replace("[", r"\["),
         show_default=False,
-        metavar=None if kind is bool else _metavar(key, kind),
-        autocompletion=(lambda incomplete: [one for one in choices if one.startswith(incomplete)]) if choices else None,
+        metavar="" if kind is bool else _metavar(key, kind),
+        autocompletion=_completer(choices, get_origin(kind) is list) if choices else None,
     )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
     )
+
+
+def _negation(name: str) -> inspect.Parameter:
+    """`--no-use-4bit`. Hidden, because beside it a terminal of 80 columns has no room for the names themselves."""
+    option = typer.Option(_spelling(f"no_{name}"), hidden=True, help=f"Undoes {_spelling(name)}.")
+    annotation = Annotated[bool | None, option]
+    return inspect.Parameter(f"no_{name}", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _completer(choices: list[str], many: bool) -> Callable[[str], list[str]]:
+    def complete(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",") if many else ("", "", incomplete)
+        taken = before.split(",")
+        return [before + comma + one for one in choices if one.startswith(last) and one not in taken]
+
+    return complete
 
 
 def _choices(kind: Any) -> list[str]:
@@ -151,24 +171,50 @@ def _globals() -> list[inspect.Parameter]:
             "config",
             str | None,
             None,
-            typer.Option("--config", help="TOML settings file. Default: router.toml here, if there is one.",
-                         metavar="PATH", rich_help_panel=GLOBAL),
+            typer.Option(
+                "--config",
+                help="TOML settings file. Default: router.toml here, if there is one.",
+                metavar="PATH",
+                rich_help_panel=GLOBAL,
+            ),
         ),
         one(
             "assignments",
             list[str] | None,
             None,
-            typer.Option("--set", help="Any setting, as section.field=value; repeatable.", metavar="KEY=VALUE",
-                         autocompletion=_complete_key, rich_help_panel=GLOBAL),
+            typer.Option(
+                "--set",
+                help="Any setting, as section.field=value; repeatable.",
+                metavar="KEY=VALUE",
+                autocompletion=_complete_key,
+                rich_help_panel=GLOBAL,
+            ),
         ),
-        one("as_json", bool, False, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=GLOBAL)),
-        one("quiet", bool, False, typer.Option("--quiet", "-q", help="Say nothing but errors.", rich_help_panel=GLOBAL)),
+        one(
+            "as_json",
+            bool,
+            False,
+            typer.Option("--json", help="One JSON document on stdout.", metavar="", rich_help_panel=GLOBAL),
+        ),
+        one(
+            "quiet",
+            bool,
+            False,
+            typer.Option("--quiet", "-q", help="Say nothing but errors.", metavar="", rich_help_panel=GLOBAL),
+        ),
         one(
             "verbose",
             int,
             0,
-            typer.Option("--verbose", "-v", count=True, help="Say more; -vv shows tracebacks.", show_default=False,
-                         metavar="", rich_help_panel=GLOBAL),
+            typer.Option(
+                "--verbose",
+                "-v",
+                count=True,
+                help="Say more; -vv shows tracebacks.",
+                show_default=False,
+                metavar="",
+                rich_help_panel=GLOBAL,
+            ),
         ),
     ]
 
@@ -198,4 +244,3 @@ def dashed(argv: list[str]) -> list[str]:
             word = name.replace("_", "-") + equals + value
         spelled.append(word)
     return spelled
-

@@ -43,7 +43,9 @@ def labelled(result: LabelResult) -> Shown:
             f"{costs.dollars(usage.cost_usd)}; all rows: {costs.dollars(result.usage_all.cost_usd)}"
         )
     if result.normalised:
-        lines.append(f"{result.normalised} answers were made canonical (role aliases, order): see provenance.normalised")
+        lines.append(
+            f"{result.normalised} answers were made canonical (role aliases, order): see provenance.normalised"
+        )
     if result.rejected:
         lines.append(f"{result.rejected} tasks have no usable decision: see {result.rejected_path}")
     if result.unanswered:
@@ -63,8 +65,11 @@ def trained(result: TrainResult) -> Shown:
     lines = [
         f"adapter in {result.adapter}: {result.train_examples} examples, {result.steps} steps, {result.seconds:.0f} s",
         f"loss {_number(result.first_loss)} -> {_number(result.last_loss)}; "
-        + (f"topology macro-F1 {score:.3f} on {result.validation_examples} validation tasks" if score is not None
-           else "no validation tasks"),
+        + (
+            f"topology macro-F1 {score:.3f} on {result.validation_examples} validation tasks"
+            if score is not None
+            else "no validation tasks"
+        ),
         f'next: router infer --adapter {result.adapter} "Sort a list of integers"',
     ]
     return Text("\n".join(lines)), _document(result)
@@ -108,7 +113,7 @@ def decision_table(row: Prediction) -> Table:
 def judged(report: Report, settings: Settings) -> Shown:
     """The comparison and where the report lies."""
     folder = settings.eval.output_dir
-    parts = [Text(report.summary[0], style="bold"), Text(report.summary[1]), comparison(report)]
+    parts: list[RenderableType] = [Text(report.summary[0], style="bold"), Text(report.summary[1]), comparison(report)]
     parts.append(Text(f"{folder / 'report.html'} and {folder / 'report.json'}"))
     return Group(*parts), report.model_dump(mode="json")
 

@@ -99,6 +99,7 @@ def _fingerprint(settings: Settings, space: DecisionSpace) -> dict[str, Any]:
         "topologies": list(space.topologies),
         "step_bound": space.step_bound,
         "prompt_version": prompts.PROMPT_VERSION,
+        "models.dtype": settings.models.dtype,
     }
 
 

@@ -3,7 +3,8 @@
 - Rows come tokenised by `prompts`, the prompt masked, never cut: TRL's own preparation is skipped.
 - On a CPU the loss is computed at the answer's positions only (TRL scores every position there), and the constant
   start of the prompts is encoded once a micro-batch.
-- The topology token is measured apart: a falling total loss hides a router that learned nothing but JSON.
+- The topology is measured, and can be weighed, apart: its cross-entropy among the tokens that may stand there, which is
+  what serving renormalises over. A falling total loss hides a router that learned nothing but JSON.
 - After every epoch the validation tasks are decided by the decoder that serves, and the best adapter is kept.
 """
 
@@ -13,7 +14,7 @@ import math
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from router_cli import prompts
 from router_cli.backends.decoding import Decoder
 from router_cli.backends.device import best_device
 from router_cli.backends.local import quiet
+from router_cli.backends.tree import DecisionTree
 from router_cli.checkpoints import Run
 from router_cli.errors import OutputError, TrainingError
 from router_cli.frozen import FrozenLayers, hidden_states
@@ -36,6 +38,9 @@ from router_cli.space import DecisionSpace
 
 IGNORED = -100
 """The label of positions without loss, torch's own."""
+
+SCORE = "validation_macro_f1"
+"""The log's name for what an epoch's validation gave."""
 
 
 @dataclass
@@ -74,6 +79,10 @@ def fit(
     Raises TrainingError where the loss is no number, OutputError where a checkpoint cannot be written, and
     KeyboardInterrupt after writing a checkpoint on Ctrl-C.
     """
+    from transformers import PrinterCallback
+
+    from transformers import PrinterCallback
+
     options = settings.train
     layers = list(range(model.config.num_hidden_layers))
     if options.lora_last_layers:
@@ -81,7 +90,11 @@ def fit(
     held_out = _HeldOut(tokenizer, space, validation)
     with quiet():
         trainer = _make_trainer(model, tokenizer, space, rows, layers, settings, run)
-        watch = _watch(held_out, run, progress)
+        # It prints every log to stdout, which carries results only.
+        trainer.remove_callback(PrinterCallback)
+        watch = _watch(held_out, run, options.save_total_limit, progress)
+        # Where there is no tqdm, the trainer prints its log on standard output, which is for results.
+        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(watch)
     resume = run.newest()
     if resume is not None:
@@ -161,8 +174,9 @@ def _make_trainer(
         logging_steps=options.logging_steps,
         logging_first_step=True,
         save_steps=options.save_steps,
-        save_total_limit=options.save_total_limit,
-        train_sampling_strategy="group_by_length",
+        # The trainer would drop older checkpoints before the new one is marked as complete, and pass over a NaN loss.
+        save_total_limit=None,
+        logging_nan_inf_filter=False,
         disable_tqdm=True,
         report_to="none",
         dataloader_pin_memory=on_cuda,
@@ -173,7 +187,7 @@ def _make_trainer(
         train_dataset=Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": labels}),
         processing_class=tokenizer,
         peft_config=config,
-        topology_offset=None if options.train_on_inputs else _topology_offset(space, tokenizer),
+        choice=None if options.train_on_inputs else _topology_choice(space, tokenizer),
         topology_weight=options.topology_weight,
         # A recomputed forward would find the cache already filled; and with loss on the prompt nothing is shared.
         shared=0 if options.train_on_inputs or options.gradient_checkpointing else _shared([r.input_ids for r in rows]),
@@ -193,11 +207,31 @@ def _shared(rows: Sequence[list[int]]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
 
 
-def _topology_offset(space: DecisionSpace, tokenizer: Any) -> int:
-    """How many tokens of the answer stand before the topology's own first token."""
-    from router_cli.backends.tree import DecisionTree
+def _topology_choice(space: DecisionSpace, tokenizer: Any) -> tuple[int, list[int]]:
+    """Where in the answer the first choice is made (0 is the answer's first token), and the tokens to choose from."""
+    root = DecisionTree(space, tokenizer).root
+    return len(root.run), list(root.groups)
 
-    return len(DecisionTree(space, tokenizer).root.run)
+
+class _ByLength:
+    """The rows of an epoch in random order, those of like length together.
+
+    Drawn from seed and epoch alone: the trainer's own sampler draws from torch's global generator, so that a run
+    continued in the middle of a later epoch would see some rows twice and others never.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
+        self._lengths, self._batch_size, self._seed, self._epoch = lengths, batch_size, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        import torch
+        from transformers.trainer_pt_utils import get_length_grouped_indices
+
+        generator = torch.Generator().manual_seed(self._seed + self._epoch())
+        return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
 
 
 def _router_trainer_class() -> Any:
@@ -206,16 +240,23 @@ def _router_trainer_class() -> Any:
     from trl import SFTTrainer
 
     class RouterTrainer(SFTTrainer):  # type: ignore[misc]  # trl's class is untyped
-        def __init__(self, *args: Any, topology_offset: int | None, topology_weight: float, shared: int, **kwargs: Any) -> None:
+        def __init__(
+            self, *args: Any, choice: tuple[int, list[int]] | None, topology_weight: float, shared: int, **kwargs: Any
+        ) -> None:
             super().__init__(*args, **kwargs)
-            self._topology_offset, self._topology_weight = topology_offset, topology_weight
+            self._choice, self._topology_weight = choice, topology_weight
             self.shared, self.first_layer = shared, 0
+
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            rows = self.train_dataset["input_ids"]
+            size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return _ByLength([len(row) for row in rows], size, self.args.seed, lambda: int(self.state.epoch or 0))
 
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            # TRL's own loss is the fast one on a GPU, but it weighs all tokens alike.
-            if return_outputs or (self.args.device.type != "cpu" and self._topology_weight == 1):
+            # TRL's own loss is the fast one on a GPU, but it knows no choices.
+            if return_outputs or (self.args.device.type != "cpu" and self._topology_weight == 0):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             labels = inputs["labels"][:, self.shared + 1 :]
             scored = labels != IGNORED
@@ -228,15 +269,19 @@ def _router_trainer_class() -> Any:
             each = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
             self._total_train_tokens += int(inputs["attention_mask"].sum())
             total = scored.sum() if num_items_in_batch is None else num_items_in_batch
-            if self._topology_offset is None:
+            if self._choice is None or not self._choice[1]:
                 return each.sum() / total
+            offset, choices = self._choice
             counts = scored.sum(1)
-            places = counts.cumsum(0) - counts + self._topology_offset
-            topology = each[places]
+            places = counts.cumsum(0) - counts + offset
+            among = torch.tensor(choices, device=logits.device)
+            right = (targets[places][:, None] == among).int().argmax(1)
+            topology = torch.nn.functional.cross_entropy(logits[places][:, among], right, reduction="none")
+            found = logits[places][:, among].argmax(1) == right
             self._metrics["train"]["topology_loss"].append(topology.mean().item())
-            right = (logits[places].argmax(-1) == targets[places]).float().mean().item()
-            self._metrics["train"]["topology_accuracy"].append(right)
-            return (each.sum() + (self._topology_weight - 1) * topology.sum()) / total
+            self._metrics["train"]["topology_accuracy"].append(found.float().mean().item())
+            # The mean over examples; a step's examples are its tokens over the tokens of one.
+            return (each.sum() + self._topology_weight * topology.sum() * counts.float().mean()) / total
 
     return RouterTrainer
 
@@ -271,7 +316,7 @@ def _frozen(
     ids = [row.input_ids for row in rows]
     if first == 0 or best_device() != "cpu" or not FrozenLayers.fits(model, ids):
         return None
-    frozen = FrozenLayers(model, first, prompts.end_token(tokenizer), shared)
+    frozen = FrozenLayers(model, first, tokenizer.pad_token_id, shared)
     with progress.bar(f"compute {first} frozen layers once", len(ids)) as bar:
         frozen.compute(ids, bar.advance)
     return frozen
@@ -297,7 +342,7 @@ def _interruptible(watch: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _watch(held_out: _HeldOut, run: Run, progress: Progress) -> Any:
+def _watch(held_out: _HeldOut, run: Run, keep: int, progress: Progress) -> Any:
     """The callback that reports, marks checkpoints, keeps the best adapter and stops on bad news."""
     from transformers import TrainerCallback
 
@@ -328,6 +373,11 @@ def _watch(held_out: _HeldOut, run: Run, progress: Progress) -> Any:
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self._open_bar = progress.bar("train", state.max_steps, state.global_step)
             self._bar = self._open_bar.__enter__()
+            # A kill between an epoch's last checkpoint and its validation: the epoch is validated now.
+            whole = state.global_step == state.max_steps or float(state.epoch or 0).is_integer()
+            scored = any(entry["step"] == state.global_step for entry in state.log_history if SCORE in entry)
+            if state.global_step and whole and not scored:
+                self.on_epoch_end(args, state, control, **kwargs)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if self._bar:
@@ -336,8 +386,9 @@ def _watch(held_out: _HeldOut, run: Run, progress: Progress) -> Any:
                 control.should_save = control.should_training_stop = True
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if logs and "loss" in logs:
-                self._loss = float(logs["loss"])
+            # The mean over all steps comes at the end, and shows what no step's log did.
+            if logs and (found := logs.get("loss", logs.get("train_loss"))) is not None:
+                self._loss = float(found)
                 if not math.isfinite(self._loss):
                     self.failure = (
                         f"the loss is {self._loss} at step {state.global_step}: lower --lr, or drop --fp16 for --bf16; "
@@ -346,7 +397,7 @@ def _watch(held_out: _HeldOut, run: Run, progress: Progress) -> Any:
                     control.should_training_stop = True
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            run.mark(state.global_step)
+            run.mark(state.global_step, keep)
 
         def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             if self.interrupted or self.failure:
@@ -360,7 +411,7 @@ def _watch(held_out: _HeldOut, run: Run, progress: Progress) -> Any:
                 self._enter()
             if score is None:
                 return
-            state.log_history.append({"step": state.global_step, "epoch": state.epoch, "validation_macro_f1": score})
+            state.log_history.append({"step": state.global_step, "epoch": state.epoch, SCORE: score})
             progress.notice(f"epoch {state.epoch:.0f}: topology macro-F1 {score:.3f} on the validation tasks")
             if score > self._best().get("score", -1.0):
                 self._keep(model, {"score": score, "epoch": state.epoch, "step": state.global_step})

@@ -12,6 +12,7 @@ from router_cli.schema import Decision
 from router_cli.settings import Settings
 from router_cli.space import DecisionSpace
 
+
 @dataclass(frozen=True)
 class Choice:
     """A decision and how it came about. `topologies` sums to 1 over the space's topologies, where it is known."""

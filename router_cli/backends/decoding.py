@@ -78,7 +78,7 @@ class Decoder:
 
         root = self.tree.root
         if root.decision is not None:  # a space of one decision needs no model
-            only = Decoded(root.decision, 1.0, {root.decision.topology: 1.0})
+            only = Decoded(root.decision, 1.0, self._certain(root.decision))
             return {index: only for index, _ in batch}
         cut = len(self._prefix) if all(ids[: len(self._prefix)] == self._prefix for _, ids in batch) else 0
         rows = [
@@ -175,6 +175,9 @@ class Decoder:
         assert row.node.decision is not None
         total = sum(row.topologies.values())
         if total == 0:  # a space with one topology decides nothing at the first branch
-            return Decoded(row.node.decision, row.probability, {row.node.decision.topology: 1.0})
+            return Decoded(row.node.decision, row.probability, self._certain(row.node.decision))
         shares = {name: row.topologies.get(name, 0.0) / total for name in self.space.topologies}
         return Decoded(row.node.decision, row.probability, shares)
+
+    def _certain(self, decision: Decision) -> dict[str, float]:
+        return {name: float(name == decision.topology) for name in self.space.topologies}

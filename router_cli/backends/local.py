@@ -63,7 +63,11 @@ def read_meta(adapter: Path) -> dict[str, Any]:
     if not adapter.is_dir():
         raise ModelError(f"{adapter}: no such adapter folder")
     if not (adapter / META).is_file():
-        hint = "; its training is unfinished: run the same `router train` again" if (adapter / "checkpoints").is_dir() else ""
+        hint = (
+            "; its training is unfinished: run the same `router train` again"
+            if (adapter / "checkpoints").is_dir()
+            else ""
+        )
         raise ModelError(f"{adapter}: holds no trained router (it has no {META}){hint}")
     try:
         meta = read_json(adapter / META)
@@ -72,6 +76,13 @@ def read_meta(adapter: Path) -> dict[str, Any]:
     missing = [key for key in ("base_model", "roles", "topologies", "step_bound", "prompt_version") if key not in meta]
     if missing:
         raise ModelError(f"{adapter / META}: lacks {', '.join(missing)}; train the adapter again")
+    try:
+        str_, list_ = isinstance(meta["base_model"]["folder_or_id"], str), isinstance(meta["roles"], list)
+        if not str_ or not list_ or not isinstance(meta["topologies"], list):
+            raise TypeError("expected a text for the base model, lists for roles and topologies")
+        space_of(meta)
+    except (TypeError, ValueError, LookupError) as error:
+        raise ModelError(f"{adapter / META}: is damaged ({error}); train the adapter again") from None
     if meta["prompt_version"] != prompts.PROMPT_VERSION:
         raise ModelError(
             f"{adapter}: was trained with prompt version {meta['prompt_version']}, this program asks with "
@@ -153,8 +164,12 @@ def features(texts: Sequence[str], name: str, settings: Settings, progress: Prog
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers' own progress bars and advice off the terminal, which is the console's."""
+    import logging as standard
+
     from transformers.utils import logging
 
+    # On a machine without its optional kernels it says so with every import, 4-bit or not.
+    standard.getLogger("bitsandbytes").setLevel(standard.ERROR)
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

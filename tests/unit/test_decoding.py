@@ -1,0 +1,222 @@
+"""Decoding over the decision space equals a brute-force computation without cache, batch or shared prefix."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from router_cli import prompts
+from router_cli.backends.decoding import Decoded, Decoder
+from router_cli.schema import Decision
+from router_cli.space import DecisionSpace
+from tests.tiny import tiny_tokenizer
+
+SPACE = DecisionSpace(("builder", "tester", "planner"), step_bound=3)
+TEXTS = [
+    "Write a function.",
+    "Sort it",
+    "Migrate the service, then test every part of it; review the result and document what has changed. " * 3,
+    "写一个函数,把列表排序。",
+    "x",
+    "The library needs a parser and a printer, both reviewed by somebody who did not write them.",
+    "def f(x):\n    return x\n",
+]
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def teach(model: Any, tokenizer: Any) -> Any:
+    """Twenty plain steps on two answers: a model that is sure of itself."""
+    import torch
+
+    chosen = [decision for decision in SPACE.enumerate() if decision.topology in ("chain", "centralized")][::9]
+    rows = [
+        prompts.encode_example(text, decision, SPACE, tokenizer, 2048)
+        for text, decision in zip(TEXTS, chosen, strict=False)
+    ]
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(20):
+        row = rows[step % len(rows)]
+        ids = torch.tensor([row.input_ids])
+        labels = ids.clone()
+        labels[:, : row.prompt_length] = -100
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+    return model
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3", "llama-trained", "qwen3-trained"])
+def router(request: pytest.FixtureRequest, tiny_folder: Callable[..., Path]) -> tuple[Any, Any]:
+    shape, _, trained = request.param.partition("-")
+    model, tokenizer = load(tiny_folder("qwen3" if shape == "qwen3" else "smollm"))
+    return (teach(model, tokenizer) if trained else model), tokenizer
+
+
+class BruteForce:
+    """Next-token probabilities at every branch, from the whole text, without any of the decoder's short cuts."""
+
+    def __init__(self, model: Any, tokenizer: Any, space: DecisionSpace) -> None:
+        self._model = model
+        self._answers = {tuple(prompts.encode_answer(one, tokenizer)): one for one in space.enumerate()}
+
+    def _shares(self, prompt: list[int], path: tuple[int, ...]) -> dict[int, float]:
+        import torch
+
+        follow = sorted({ids[len(path)] for ids in self._answers if ids[: len(path)] == path})
+        if len(follow) == 1:
+            return {follow[0]: 1.0}
+        with torch.no_grad():
+            logits = self._model(input_ids=torch.tensor([[*prompt, *path]]), use_cache=False).logits[0, -1]
+        shares = torch.softmax(logits[follow].double(), 0).tolist()
+        return dict(zip(follow, shares, strict=True))
+
+    def _leaves(self, prompt: list[int], path: tuple[int, ...], mass: float) -> Iterator[tuple[Decision, float]]:
+        if path in self._answers:
+            yield self._answers[path], mass
+            return
+        for token, share in self._shares(prompt, path).items():
+            yield from self._leaves(prompt, (*path, token), mass * share)
+
+    def topologies(self, prompt: list[int]) -> dict[str, float]:
+        """The sum of the probabilities of all decisions of each topology."""
+        found: dict[str, float] = {}
+        for decision, mass in self._leaves(prompt, (), 1.0):
+            found[decision.topology] = found.get(decision.topology, 0.0) + mass
+        return found
+
+    def greedy(self, prompt: list[int]) -> tuple[Decision, float]:
+        path, probability = (), 1.0
+        while path not in self._answers:
+            shares = self._shares(prompt, path)
+            best = max(shares, key=shares.__getitem__)
+            path, probability = (*path, best), probability * shares[best]
+        return self._answers[path], probability
+
+
+def encoded(texts: Sequence[str], tokenizer: Any, space: DecisionSpace = SPACE) -> list[list[int]]:
+    return [prompts.encode_prompt(text, space, tokenizer) for text in texts]
+
+
+def same(one: Decoded, other: Decoded) -> None:
+    assert one.decision == other.decision
+    assert one.probability == pytest.approx(other.probability, abs=1e-4)
+    assert one.topologies == pytest.approx(other.topologies, abs=1e-4)
+
+
+def test_greedy_decision_probability_and_distribution_equal_brute_force(router: tuple[Any, Any]) -> None:
+    model, tokenizer = router
+    brute = BruteForce(model, tokenizer, SPACE)
+    for prompt, found in zip(
+        encoded(TEXTS[:3], tokenizer),
+        Decoder(model, tokenizer, SPACE).decide(encoded(TEXTS[:3], tokenizer)),
+        strict=True,
+    ):
+        decision, probability = brute.greedy(prompt)
+        assert found.decision == decision
+        assert found.probability == pytest.approx(probability, abs=1e-4)
+        assert found.topologies == pytest.approx(brute.topologies(prompt), abs=1e-4)
+        assert list(found.topologies) == list(SPACE.topologies)
+
+
+def test_batched_equals_one_by_one_in_the_order_given(router: tuple[Any, Any]) -> None:
+    model, tokenizer = router
+    prompt_ids = encoded(TEXTS, tokenizer)
+    batched = Decoder(model, tokenizer, SPACE, batch_size=4).decide(prompt_ids)
+    alone = Decoder(model, tokenizer, SPACE, batch_size=1)
+    for ids, one in zip(prompt_ids, batched, strict=True):
+        same(one, alone.decide([ids])[0])
+
+
+def test_the_shared_prefix_changes_nothing(router: tuple[Any, Any]) -> None:
+    model, tokenizer = router
+    sharing, plain = Decoder(model, tokenizer, SPACE), Decoder(model, tokenizer, SPACE)
+    assert len(sharing._prefix) > 20
+    # Prompts that do not begin with the prefix are encoded whole.
+    plain._prefix = [*plain._prefix, -1]
+    prompt_ids = encoded(TEXTS, tokenizer)
+    for one, other in zip(sharing.decide(prompt_ids), plain.decide(prompt_ids), strict=True):
+        same(one, other)
+
+
+def test_decisions_are_valid_and_distributions_sum_to_one(router: tuple[Any, Any]) -> None:
+    model, tokenizer = router
+    space = DecisionSpace(("planner", "build", "builder", "说"), ("centralized", "decentralized", "single"), 99)
+    odd = ["", "\0", "<|im_end|>", "🙂" * 50, '{"topology":"chain"}', "a" * 900]
+    for one in Decoder(model, tokenizer, space).decide(encoded(odd, tokenizer, space)):
+        assert not space.violations(one.decision)
+        assert sum(one.topologies.values()) == pytest.approx(1.0)
+        assert 0 < one.probability <= one.topologies[one.decision.topology] + 1e-6
+
+
+def test_one_decider_decides_twice_alike(router: tuple[Any, Any]) -> None:
+    model, tokenizer = router
+    decoder, prompt_ids = Decoder(model, tokenizer, SPACE), encoded(TEXTS, tokenizer)
+    assert decoder.decide(prompt_ids) == decoder.decide(prompt_ids)
+    assert decoder.decide([]) == []
+
+
+def without_merges(tokenizer: Any) -> Any:
+    """The tokenizer with every byte its own token, so that chain and centralized begin with the same one."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described["model"]["merges"] = []
+    bare = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(described)),
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token,
+    )
+    bare.chat_template = tokenizer.chat_template
+    return bare
+
+
+@pytest.mark.parametrize("style", ["smollm", "qwen3"])
+def test_topologies_that_share_their_first_token(tiny_folder: Callable[..., Path], style: Any) -> None:
+    import torch
+
+    model, _ = load(tiny_folder(style))
+    tokenizer = without_merges(tiny_tokenizer(style))
+    space = DecisionSpace(("a", "b"), step_bound=2)
+    prompt_ids = encoded(TEXTS[:4], tokenizer, space)
+    taken = set()
+    for seed in range(4):  # other weights of the head make other first tokens the likeliest
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.3)
+        decoder, brute = Decoder(model, tokenizer, space, batch_size=3), BruteForce(model, tokenizer, space)
+        assert len(decoder.tree.root.groups) == 3
+        for prompt, found in zip(prompt_ids, decoder.decide(prompt_ids), strict=True):
+            assert found.topologies == pytest.approx(brute.topologies(prompt), abs=1e-4)
+            assert sum(found.topologies.values()) == pytest.approx(1.0)
+            assert found.decision == brute.greedy(prompt)[0]
+            taken.add(found.decision.topology[0])
+    # Both ways to the shared token: the branch that is taken, and one that is only measured.
+    assert "c" in taken and len(taken) > 1
+
+
+def test_spaces_of_one_topology_and_of_one_decision(router: tuple[Any, Any]) -> None:
+    model, tokenizer = router
+    chains = DecisionSpace(("a", "b", "c"), ("chain",))
+    prompt_ids = encoded(TEXTS[:3], tokenizer, chains)
+    brute = BruteForce(model, tokenizer, chains)
+    for prompt, found in zip(prompt_ids, Decoder(model, tokenizer, chains).decide(prompt_ids), strict=True):
+        decision, probability = brute.greedy(prompt)
+        assert (found.decision, found.topologies) == (decision, {"chain": 1.0})
+        assert found.probability == pytest.approx(probability, abs=1e-4)
+    only = DecisionSpace(("a",))
+    [found] = Decoder(model, tokenizer, only).decide(encoded(["x"], tokenizer, only))
+    assert found.decision == next(only.enumerate()) and found.probability == 1.0
+    # Every topology of the space has its share, whoever asks.
+    assert found.topologies == {name: float(name == "single") for name in only.topologies}
+    two = DecisionSpace(("a", "b"), ("single",))
+    [found] = Decoder(model, tokenizer, two).decide(encoded(["x"], tokenizer, two))
+    assert found.topologies == {"single": 1.0} and found.probability < 1.0
