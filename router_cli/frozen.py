@@ -80,7 +80,8 @@ class FrozenLayers:
         self._decoder.eval()  # the dropout of that last layer would draw from the generator that training draws from
         try:
             with torch.no_grad():
-                for part in [*([rows[0][: self._shared]] if cache else []), *(row[self._shared :] for row in rows)]:
+                shared = [rows[0][: self._shared]] if cache else []
+                for number, part in enumerate([*shared, *(row[self._shared :] for row in rows)]):
                     caught.clear()
                     ids = torch.tensor([list(part)], device=self._decoder.device)
                     self._decoder(ids, past_key_values=cache, use_cache=cache is not None)
@@ -88,7 +89,8 @@ class FrozenLayers:
                     self._states[self._key(part)] = caught[0][0].detach().clone()
                     if cache is not None and (extra := cache.get_seq_length() - self._shared):
                         cache.crop(-extra)
-                    each()
+                    if number >= len(shared):
+                        each()
         finally:
             self._decoder.train(training)
             config.num_hidden_layers = layers

@@ -8,8 +8,10 @@ from itertools import chain, islice
 from pathlib import Path
 
 from router_cli.backends import Backend, make_backend
+from router_cli.backends.local import META
 from router_cli.errors import InputError, OutputError, UsageError
 from router_cli.jsonl import Appender, read_json, read_rows, write_json, writing
+from router_cli.models import file_sha256
 from router_cli.progress import SILENT, Progress
 from router_cli.schema import Prediction, Task
 from router_cli.settings import Settings
@@ -52,8 +54,14 @@ def infer(settings: Settings, text: str | None = None, progress: Progress = SILE
         raise InputError(f"{', '.join(settings.infer.data)}: holds no task of the {settings.infer.split} split")
     tasks = chain(first, tasks)
     output = Path(settings.infer.output) if settings.infer.output else None
-    done = _continued(output, settings) if output else 0
-    todo = islice(tasks, done, None)
+    standing = _continued(output, settings) if output else []
+    for number, (known, task) in enumerate(zip(standing, tasks, strict=False), start=1):
+        if known != task.id:
+            raise OutputError(
+                f"{output}:{number}: is about the task {known}, but the data has {task.id} there: "
+                "choose another --output or delete it"
+            )
+    todo, done = tasks, len(standing)
     found: list[Prediction] = []
     fallbacks = decided = 0
     backend: Backend | None = None
@@ -96,31 +104,39 @@ def predict(backend: Backend, tasks: list[Task]) -> list[Prediction]:
 def _identity(settings: Settings) -> dict[str, object]:
     """What makes two calls write the same rows into one file."""
     chosen = settings.infer.model_dump(mode="json", exclude={"output", "batch_size", "limit"})
-    return {**chosen, "decision": settings.decision.model_dump(mode="json")}
+    adapter = settings.infer.adapter
+    # An adapter that was trained anew stands under the same name.
+    trained = file_sha256(adapter / META) if adapter and (adapter / META).is_file() else None
+    return {**chosen, "decision": settings.decision.model_dump(mode="json"), "adapter's training": trained}
 
 
-def _continued(output: Path, settings: Settings) -> int:
-    """How many rows of `output` stand from an interrupted or finished call of the same settings.
+def _continued(output: Path, settings: Settings) -> list[str]:
+    """The task ids of the rows of `output` that stand from an interrupted or finished call of the same settings.
 
     Raises OutputError where the file comes from another call: it is not mixed and not overwritten.
     """
     if output.is_dir():
         raise OutputError(f"{output}: is a folder, expected a file to write the predictions to")
+    if output.exists() and not output.is_file():
+        raise OutputError(
+            f"{output}: is a device, which cannot be continued; without --output rows go to standard output"
+        )
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
     note = output.with_name(f".{output.name}.infer.json")
     mine = _identity(settings)
     if not output.exists() or output.stat().st_size == 0:
         write_json(note, mine)
-        return 0
+        return []
     theirs = read_json(note) if note.is_file() else {}
     changed = sorted(key for key in mine if mine[key] != theirs.get(key))
     if changed:
         raise OutputError(
-            f"{output}: exists and was made with other settings ({', '.join(changed)}): choose another --output or delete it"
+            f"{output}: exists and was made with other settings ({', '.join(changed)}): "
+            "choose another --output or delete it"
         )
     Appender(output).close()  # cuts off a line that a kill left half written
     try:
-        return sum(1 for _ in read_rows(str(output)))
+        return [str(row.get("task_id")) for _, row in read_rows(str(output))]
     except InputError as error:
         raise OutputError(f"{error}: this is no predictions file; choose another --output or delete it") from None

@@ -15,7 +15,7 @@ from router_cli.backends.device import best_device, fast_dtype
 from router_cli.errors import InputError, ModelError
 from router_cli.jsonl import read_json
 from router_cli.progress import SILENT, Progress
-from router_cli.settings import Settings
+from router_cli.settings import DecisionSettings, Settings
 from router_cli.space import DecisionSpace
 
 if TYPE_CHECKING:
@@ -76,13 +76,14 @@ def read_meta(adapter: Path) -> dict[str, Any]:
     missing = [key for key in ("base_model", "roles", "topologies", "step_bound", "prompt_version") if key not in meta]
     if missing:
         raise ModelError(f"{adapter / META}: lacks {', '.join(missing)}; train the adapter again")
+    base, described = meta["base_model"], {key: meta[key] for key in DecisionSettings.model_fields}
     try:
-        str_, list_ = isinstance(meta["base_model"]["folder_or_id"], str), isinstance(meta["roles"], list)
-        if not str_ or not list_ or not isinstance(meta["topologies"], list):
-            raise TypeError("expected a text for the base model, lists for roles and topologies")
-        space_of(meta)
-    except (TypeError, ValueError, LookupError) as error:
-        raise ModelError(f"{adapter / META}: is damaged ({error}); train the adapter again") from None
+        DecisionSettings(**described)
+        sound = all(isinstance(meta[key], list) for key in ("roles", "topologies"))
+    except ValueError:
+        sound = False
+    if not sound or not isinstance(base, dict) or not isinstance(base.get("folder_or_id"), str):
+        raise ModelError(f"{adapter / META}: is damaged; train the adapter again")
     if meta["prompt_version"] != prompts.PROMPT_VERSION:
         raise ModelError(
             f"{adapter}: was trained with prompt version {meta['prompt_version']}, this program asks with "
@@ -165,6 +166,7 @@ def features(texts: Sequence[str], name: str, settings: Settings, progress: Prog
 def quiet() -> Iterator[None]:
     """Keep transformers' own progress bars and advice off the terminal, which is the console's."""
     import logging as standard
+    import warnings
 
     from transformers.utils import logging
 
@@ -174,7 +176,10 @@ def quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            # Advice to the libraries' own authors about names that change with their next version.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

@@ -440,7 +440,8 @@ def test_a_full_disk_is_one_line_and_the_rest_of_the_work_is_done_afterwards(arg
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
-@pytest.mark.parametrize("argv", [label("tasks.jsonl"), [*OFFLINE, "--data", "tasks.jsonl"]], ids=["label", "infer"])
-def test_a_full_device_is_one_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_device_is_written_to_or_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     Path("full.jsonl").symlink_to("/dev/full")
-    check(main([*argv, "--output", "full.jsonl"]), 1, "full.jsonl: cannot be written: no space left on device", capsys)
+    full = ["--output", "full.jsonl"]
+    check(main([*label("tasks.jsonl"), *full]), 1, "full.jsonl: cannot be written: no space left on device", capsys)
+    check(main([*OFFLINE, "--data", "tasks.jsonl", *full]), 1, "full.jsonl: is a device", capsys)
