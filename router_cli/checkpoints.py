@@ -52,7 +52,9 @@ class Run:
     def _compare(self, theirs: dict[str, Any], what: str) -> None:
         changed = sorted(key for key in {*theirs, *self.fingerprint} if theirs.get(key) != self.fingerprint.get(key))
         if changed:
-            one = f" ({theirs.get(changed[0])!r}, now {self.fingerprint.get(changed[0])!r})" if len(changed) == 1 else ""
+            one = (
+                f" ({theirs.get(changed[0])!r}, now {self.fingerprint.get(changed[0])!r})" if len(changed) == 1 else ""
+            )
             words = "another data file" if changed == ["data"] else f"other {', '.join(changed)}{one}"
             raise TrainingError(f"{self.folder}: {what} {words}; choose another --output-dir or delete the folder")
 

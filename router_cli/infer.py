@@ -18,6 +18,10 @@ from router_cli.settings import Settings
 from router_cli.tasks import read_tasks, stable_id
 
 
+WINDOW = 8
+"""Batches that are read at once, so that tasks of like length can share one; as many decisions a kill can cost."""
+
+
 @dataclass(frozen=True)
 class InferResult:
     """What `infer` made: `predictions` only where they went to no file. `resumed` rows stood in the output before."""
@@ -68,7 +72,7 @@ def infer(settings: Settings, text: str | None = None, progress: Progress = SILE
     with progress.bar("infer", 1 if text is not None else None, done) as bar:
         writer = Appender(output) if output else None
         try:
-            while batch := list(islice(todo, settings.infer.batch_size)):
+            while batch := list(islice(todo, settings.infer.batch_size * WINDOW)):
                 backend = backend or make_backend(settings, progress)
                 for row in predict(backend, batch):
                     if writer:

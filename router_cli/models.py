@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from router_cli.errors import InputError, ModelError, OutputError
-from router_cli.jsonl import reason, writing
+from router_cli.jsonl import read_json, reason, writing
 from router_cli.progress import SILENT, Progress
 from router_cli.settings import SMALL_MODEL, Settings
 
@@ -119,9 +119,16 @@ def _from_cache(name: str, settings: Settings) -> BaseModel | None:
         raise ModelError(f"{name!r} is no model: expected a folder, a .gguf file, a Hub id or {_aliases()}") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
         return None
-    # A snapshot folder exists as soon as its first file is there: only one with weights counts.
-    complete = (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
-    return BaseModel(name, folder, "cache", folder.name) if complete else None
+    return BaseModel(name, folder, "cache", folder.name) if _complete(folder) else None
+
+
+def _complete(folder: Path) -> bool:
+    """Whether a snapshot has all its weights: its folder exists as soon as the first file is there."""
+    if not (folder / "config.json").exists():
+        return False
+    index = folder / "model.safetensors.index.json"
+    shards = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    return all((folder / shard).exists() for shard in shards)
 
 
 def _from_hub(name: str, settings: Settings, progress: Progress) -> BaseModel:
@@ -289,7 +296,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
         if error.errno is not None:
             raise OutputError(f"{folder}: cannot be written: {reason(error)}") from None
         raise ModelError(f"{gguf}: cannot be read as a model: {_brief(error)}") from None
-    except (ValueError, RuntimeError, KeyError, NotImplementedError) as error:
+    except Exception as error:  # truncated files raise whatever their reader raises
         raise ModelError(f"{gguf}: cannot be read as a model: {_brief(error)}") from None
 
 

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -146,10 +146,13 @@ def _is_path(key: str) -> bool:
 def _declared(key: str) -> Any:
     """A field's annotation as written, with its marks, which pydantic takes apart."""
     section, name = key.split(".")
-    import typing
+    return _hints(section)[name]
 
+
+@functools.cache
+def _hints(section: str) -> dict[str, Any]:
     kind: Any = Settings.model_fields[section].annotation
-    return typing.get_type_hints(kind, include_extras=True)[name]
+    return get_type_hints(kind, include_extras=True)
 
 
 def _metavar(key: str, kind: Any) -> str:

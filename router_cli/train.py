@@ -109,7 +109,12 @@ def _result(metrics: dict[str, Any], adapter: Path, base: models.BaseModel, alre
 
 
 def _fit(
-    settings: Settings, space: DecisionSpace, data: dataset.Dataset, base: models.BaseModel, run: Run, progress: Progress
+    settings: Settings,
+    space: DecisionSpace,
+    data: dataset.Dataset,
+    base: models.BaseModel,
+    run: Run,
+    progress: Progress,
 ) -> TrainResult:
     """Load, train, keep the best, write the folder."""
     from router_cli import trainer

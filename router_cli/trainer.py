@@ -81,8 +81,6 @@ def fit(
     """
     from transformers import PrinterCallback
 
-    from transformers import PrinterCallback
-
     options = settings.train
     layers = list(range(model.config.num_hidden_layers))
     if options.lora_last_layers:
@@ -113,7 +111,9 @@ def fit(
     if watch.interrupted:
         raise KeyboardInterrupt
     best = watch.load_best(trainer.model)
-    return Fitted(trainer.model, trainer.state.global_step, trainer.state.log_history, best.get("score"), best.get("epoch"))
+    return Fitted(
+        trainer.model, trainer.state.global_step, trainer.state.log_history, best.get("score"), best.get("epoch")
+    )
 
 
 def _make_trainer(
@@ -400,7 +400,8 @@ def _watch(held_out: _HeldOut, run: Run, keep: int, progress: Progress) -> Any:
             run.mark(state.global_step, keep)
 
         def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            if self.interrupted or self.failure:
+            # The first half of several epochs never holds the best one, and on a CPU a look costs a tenth of an epoch.
+            if self.interrupted or self.failure or state.epoch < args.num_train_epochs / 2:
                 return
             self._place.__exit__(None, None, None)
             model.eval()

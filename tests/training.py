@@ -17,7 +17,13 @@ _TASKS = {
     "single": ("Write the function f{}.", ["builder"], None, "builder", 1),
     "chain": ("Plan stage {}, then build it, then test it.", ["planner", "builder", "tester"], None, "planner", 3),
     "decentralized": ("Write module {} and, apart from it, its guide.", ["planner", "builder"], None, "builder", 2),
-    "centralized": ("Lead the migration of service {}; find out what breaks.", ["planner", "tester"], "planner", "planner", 4),
+    "centralized": (
+        "Lead the migration of service {}; find out what breaks.",
+        ["planner", "tester"],
+        "planner",
+        "planner",
+        4,
+    ),
 }
 
 

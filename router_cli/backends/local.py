@@ -41,7 +41,7 @@ class LocalBackend:
         self.model, self.tokenizer = load(base, settings)
         if adapter is not None:
             self.model = _merged(self.model, adapter)
-        self._decoder = Decoder(self.model, self.tokenizer, self.space)
+        self._decoder = Decoder(self.model, self.tokenizer, self.space, settings.infer.batch_size)
 
     def decide(self, texts: Sequence[str]) -> list[Choice]:
         """A valid decision for each text, with its probabilities, in the order of the texts."""

@@ -141,7 +141,11 @@ def same(broken: Path, whole: Path) -> None:
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path, nursery: Nursery) -> None:
     base = tiny_model(tmp_path / "base", layers=2, hidden=32)
-    data, broken, whole = write_rows(tmp_path / "data.jsonl", label_rows(24, 8)), tmp_path / "broken", tmp_path / "whole"
+    data, broken, whole = (
+        write_rows(tmp_path / "data.jsonl", label_rows(24, 8)),
+        tmp_path / "broken",
+        tmp_path / "whole",
+    )
     words = [*command(data, base, broken), "--save-steps", "7"]
     child = nursery.start(words)
     # Between two regular checkpoints.
@@ -162,7 +166,11 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path, nursery: Nurs
 
 def test_checkpoints_with_missing_files_are_passed_over(tmp_path: Path, nursery: Nursery) -> None:
     base = tiny_model(tmp_path / "base", layers=2, hidden=32)
-    data, broken, whole = write_rows(tmp_path / "data.jsonl", label_rows(24, 8)), tmp_path / "broken", tmp_path / "whole"
+    data, broken, whole = (
+        write_rows(tmp_path / "data.jsonl", label_rows(24, 8)),
+        tmp_path / "broken",
+        tmp_path / "whole",
+    )
     child = nursery.start(command(data, base, broken))
     newest = broken / "checkpoints" / "checkpoint-8"
     while not (newest / "complete.json").exists():

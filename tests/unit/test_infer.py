@@ -37,7 +37,9 @@ def settings(**values: Any) -> Settings:
 
 
 def tasks_file(path: Path, count: int = 10) -> Path:
-    return write_rows(path / "tasks.jsonl", [{"id": f"t{i}", "task": f"Do {'very ' * (i % 4)}well {i}."} for i in range(count)])
+    return write_rows(
+        path / "tasks.jsonl", [{"id": f"t{i}", "task": f"Do {'very ' * (i % 4)}well {i}."} for i in range(count)]
+    )
 
 
 def predictions(path: Path) -> list[Prediction]:
@@ -238,7 +240,9 @@ def test_the_heuristic_gives_no_probabilities() -> None:
     assert (row.probability, row.topologies, row.backend, row.model) == (None, None, "heuristic", "heuristic")
 
 
-def remote(server: FakeTeacher, text: str = "Sort a list", progress: Recorder | None = None, **values: Any) -> Prediction:
+def remote(
+    server: FakeTeacher, text: str = "Sort a list", progress: Recorder | None = None, **values: Any
+) -> Prediction:
     values = {"endpoint__api_key": "k", "model": "router-lora", "endpoint__retries": 0, **values}
     values |= {"backend": "remote", "endpoint__base_url": server.url}
     [row] = infer(settings(**values), text, progress or Recorder()).predictions
@@ -295,7 +299,13 @@ def with_logprobs(content: str, given: Any) -> Reply:
 @pytest.mark.parametrize(
     "tokens",
     [
-        [('{"', []), ("topology", []), ('":"', []), ("single", [("single", 0.5), ("chain", 0.25), ("x", 0.1)]), ('"}', [])],
+        [
+            ('{"', []),
+            ("topology", []),
+            ('":"', []),
+            ("single", [("single", 0.5), ("chain", 0.25), ("x", 0.1)]),
+            ('"}', []),
+        ],
         [('{"topology":', []), (' "', []), ("s", [("s", 0.5), ("ch", 0.25), ("c", 0.2)]), ("ingle", [("ingle", 1.0)])],
         [('{"topology": "single', [('{"topology": "single', 1.0)])],
     ],
@@ -328,12 +338,18 @@ def test_what_a_server_does_not_take_is_left_off() -> None:
 
 
 def test_many_tasks_are_answered_in_order(tmp_path: Path) -> None:
-    chain = '{"topology":"chain","roles":["planner","builder"],"manager_role":null,"entry_role":"planner","max_steps":2}'
+    chain = (
+        '{"topology":"chain","roles":["planner","builder"],"manager_role":null,"entry_role":"planner","max_steps":2}'
+    )
     data = tasks_file(tmp_path)
-    with FakeTeacher(behave=lambda call: Reply(chain if "3" in call.task else SINGLE, delay=0.05 * ("0" in call.task))) as server:
+    with FakeTeacher(
+        behave=lambda call: Reply(chain if "3" in call.task else SINGLE, delay=0.05 * ("0" in call.task))
+    ) as server:
         values = {"backend": "remote", "model": "m", "endpoint__api_key": "k", "endpoint__base_url": server.url}
         rows = infer(settings(data=data, **values)).predictions
-    assert [row.decision.topology for row in rows if row.decision] == ["chain" if i == 3 else "single" for i in range(10)]
+    assert [row.decision.topology for row in rows if row.decision] == [
+        "chain" if i == 3 else "single" for i in range(10)
+    ]
 
 
 def test_a_server_that_is_not_there_or_refuses_ends_with_one_line() -> None:

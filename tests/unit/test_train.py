@@ -154,7 +154,7 @@ def test_other_settings_refuse_a_finished_folder_and_are_named(trained: Trained,
 def test_a_damaged_description_refuses(trained: Trained, tmp_path: Path) -> None:
     shutil.copytree(trained.folder, tmp_path / "copy")
     (tmp_path / "copy" / META).write_text("{")
-    with pytest.raises(TrainingError, match="is not JSON.*choose another --output-dir"):
+    with pytest.raises(TrainingError, match=r"is not JSON.*choose another --output-dir"):
         train(train_settings(trained.labels, trained.base, tmp_path / "copy", epochs=6, lr=0.03))
 
 
@@ -346,6 +346,12 @@ def test_logging_steps_thin_the_log(tiny_folder: Tiny, tmp_path: Path) -> None:
     assert steps == [1, 4, 8]
 
 
+def test_nothing_is_printed(tiny_folder: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    run(tmp_path, tiny_folder("smollm"))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_target_modules_choose_what_is_adapted(tiny_folder: Tiny, tmp_path: Path) -> None:
     _, folder = run(tmp_path, tiny_folder("smollm"), target_modules="q_proj,v_proj", lora_r=3)
     weights = adapter_weights(folder)
@@ -442,8 +448,11 @@ def test_rows_of_the_old_generator_train_as_they_are(tiny_folder: Tiny, tmp_path
 
 def test_roles_come_from_the_data_unless_they_are_given(tiny_folder: Tiny, tmp_path: Path) -> None:
     rows = [
-        {"task": f"Do {i}", "decision": {"topology": "single", "roles": [role], "manager_role": None}
-         | {"entry_role": role, "max_steps": 1}}
+        {
+            "task": f"Do {i}",
+            "decision": {"topology": "single", "roles": [role], "manager_role": None}
+            | {"entry_role": role, "max_steps": 1},
+        }
         for i, role in enumerate(["cook", "waiter"] * 4)
     ]
     data = write_rows(tmp_path / "data.jsonl", rows)
@@ -565,22 +574,28 @@ def test_an_unfinished_run_refuses_other_data_and_settings(tiny_folder: Tiny, tm
         LocalBackend(load({"infer.adapter": ("test", str(tmp_path / "a"))}, environ={}))
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Tiny) -> TrainResult:
+    folder = tmp_path_factory.mktemp("unbroken")
+    data = write_rows(folder / "data.jsonl", label_rows())
+    return train(train_settings(data, tiny_folder("smollm"), folder / "a", epochs=3, save_steps=2))
+
+
 @pytest.mark.parametrize("at", [1, 5, 6, 8, 12])
-def test_a_run_that_broke_off_ends_as_an_unbroken_one(at: int, tiny_folder: Tiny, tmp_path: Path) -> None:
-    (tmp_path / "whole").mkdir()
-    data = write_rows(tmp_path / "whole" / "data.jsonl", label_rows())
-    base = tiny_folder("smollm")
-    whole = train(train_settings(data, base, tmp_path / "whole" / "a", epochs=3, save_steps=2))
-    said = Recorder()
-    result = train(stopped(tmp_path, base, at), said)
+def test_a_run_that_broke_off_ends_as_an_unbroken_one(
+    at: int, unbroken: TrainResult, tiny_folder: Tiny, tmp_path: Path
+) -> None:
+    said, whole = Recorder(), unbroken
+    assert whole.adapter is not None
+    result = train(stopped(tmp_path, tiny_folder("smollm"), at), said)
     # The step at which it broke off had not been saved.
     newest = (at - 1) // 2 * 2
     assert [text for text in said.notices if "continuing" in text] == [f"continuing from step {newest}"] * (newest > 0)
     assert result.steps == whole.steps == 12
     assert (result.validation_macro_f1, result.last_loss) == (whole.validation_macro_f1, whole.last_loss)
-    assert equal(adapter_weights(tmp_path / "a"), adapter_weights(tmp_path / "whole" / "a"))
+    assert equal(adapter_weights(tmp_path / "a"), adapter_weights(whole.adapter))
     scores = "validation_macro_f1"
-    assert losses(tmp_path / "a", scores) == losses(tmp_path / "whole" / "a", scores)
+    assert losses(tmp_path / "a", scores) == losses(whole.adapter, scores)
 
 
 def test_an_incomplete_checkpoint_is_not_continued_from(tiny_folder: Tiny, tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ def tokenizer(style: Style) -> prompts.Tokenizer:
 
 # Names that are prefixes of each other, that share their first bytes, that JSON escapes, and any others.
 NAMES = st.one_of(
-    st.sampled_from(["a", "ab", "abc", "builder", "build", "builder-2", "tester", "test", "规划", "规划者", "é", "e\u0301"]),
+    st.sampled_from(
+        ["a", "ab", "abc", "builder", "build", "builder-2", "tester", "test", "规划", "规划者", "é", "e\u0301"]
+    ),
     st.text(st.characters(exclude_categories=["Cs", "Cc", "Z"], exclude_characters=","), min_size=1, max_size=6),
     st.sampled_from(['say "hi"', "back\\slash", "null", "🙂", "🙃"]),
 )
