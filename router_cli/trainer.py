@@ -91,8 +91,6 @@ def fit(
         # It prints every log to stdout, which carries results only.
         trainer.remove_callback(PrinterCallback)
         watch = _watch(held_out, run, options.save_total_limit, progress)
-        # Where there is no tqdm, the trainer prints its log on standard output, which is for results.
-        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(watch)
     resume = run.newest()
     if resume is not None:
