@@ -1,10 +1,10 @@
 """For agent frameworks: a router in Python.
 
-    from router_cli.api import Router
+from router_cli.api import Router
 
-    router = Router("outputs/quickstart/adapter")
-    choice = router.decide("Sort a list of integers")
-    print(choice.decision.topology, choice.decision.roles, choice.probability)
+router = Router("outputs/quickstart/adapter")
+choice = router.decide("Sort a list of integers")
+print(choice.decision.topology, choice.decision.roles, choice.probability)
 """
 
 from __future__ import annotations

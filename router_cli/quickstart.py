@@ -40,7 +40,7 @@ TRAINING: dict[str, Any] = {
     "train__lora_r": 16,
     "train__lora_alpha": 32,
     "train__lora_dropout": 0.0,
-    "train__topology_weight": 4.0,
+    "train__topology_weight": 2.0,
     "train__save_steps": 20,
 }
 """What suits 312 short tasks and a small model on two cores; `router train` has other defaults."""

@@ -153,7 +153,9 @@ class TrainSettings(Section):
         None, ge=1, description="Adapt only the last N layers; what lies below is then computed once."
     )
     topology_weight: float = Field(
-        0.0, ge=0, description="Weight of the topology's choice in the loss, beside the mean over all tokens (1: as much)."
+        0.0,
+        ge=0,
+        description="Weight of the topology's choice in the loss, beside the mean over all tokens (1: as much).",
     )
     validation_share: float = Field(
         0.15, ge=0, lt=1, description="Share held out where the rows bring no split of their own."

@@ -119,18 +119,18 @@ def judged(report: Report, settings: Settings) -> Shown:
 
 
 def comparison(report: Report) -> Table:
-    """Every system with its macro-F1 and accuracy, and what its difference to the router says."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("system", "macro-F1", "accuracy", "router is", "by (macro-F1)"):
-        table.add_column(name, no_wrap=name != "by (macro-F1)")
+    """Every system with its macro-F1 and accuracy, and what its difference to the router says; 74 columns wide."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for name in ("system", "macro-F1", "accuracy", "the router is", "by macro-F1 of"):
+        table.add_column(name, no_wrap=True)
     for system in sorted(report.systems, key=lambda one: -one.macro_f1.value):
-        found = system.macro_f1_difference
+        found, score = system.macro_f1_difference, system.macro_f1
         table.add_row(
             Text(system.name, style="bold" if system.kind == "router" else ""),
-            _interval(system.macro_f1),
-            _interval(system.accuracy),
+            f"{score.value:.3f} ({score.low:.2f}-{score.high:.2f})",
+            f"{system.accuracy.value:.3f}",
             found.verdict if found else "",
-            f"{found.score.value:+.3f} ({found.score.low:+.3f} to {found.score.high:+.3f})" if found else "",
+            f"{found.score.value:+.2f} ({found.score.low:+.2f} to {found.score.high:+.2f})" if found else "",
         )
     return table
 
@@ -141,23 +141,23 @@ def started(run: Quickstart) -> Shown:
     adapter = run.folder / "adapter"
     made = Table(show_header=False, box=None, pad_edge=False)
     for file, what in (
-        ("labels.jsonl", "the teacher's decisions as training rows"),
-        ("adapter/", f"the router: LoRA on {run.base.name}, {run.trained.steps} steps"),
-        ("predictions.jsonl", "its decisions for the held-out test tasks"),
-        ("report.html", "how good they are, with pictures (report.json for programs)"),
+        ("labels.jsonl", "the teacher's decisions"),
+        ("adapter/", f"LoRA on {run.base.name}, {run.trained.steps} steps"),
+        ("predictions.jsonl", "its decisions for the test tasks"),
+        ("report.html", "how good they are (report.json for programs)"),
     ):
-        made.add_row(Text(str(run.folder / file), style="bold"), what)
+        made.add_row(Text(file, style="bold"), what)
     times = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in run.seconds.items())
     decisions = [Group(Text(f"\n“{text}”", style="italic"), decision_table(row)) for text, row in run.examples]
     following = (
         f'router infer --adapter {adapter} "your own task"\n'
-        "router label --data YOUR_TASKS.jsonl --output labels.jsonl --model gpt-4o\n"
-        "router train --data labels.jsonl --model Qwen/Qwen3-8B --use-4bit --bf16 --output-dir models/router"
+        "router label --data YOUR_TASKS.jsonl --output labels.jsonl\n"
+        "router train --data labels.jsonl --model Qwen/Qwen3-8B --use-4bit --bf16"
     )
     body = Group(
-        Text("Made", style="bold cyan"),
+        Text(f"Made in {run.folder}", style="bold cyan"),
         made,
-        Text(f"Time: {times}; {sum(run.seconds.values()):.0f} s in all\n"),
+        Text(f"{sum(run.seconds.values()):.0f} s: {times}\n"),
         Text(f"How good, on {run.report.counts.judged} held-out tasks (95 % intervals)", style="bold cyan"),
         comparison(run.report),
         Text("\nThree decisions", style="bold cyan"),

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import math
+import random
 import shutil
 import signal
 import threading
@@ -45,7 +46,7 @@ SCORE = "validation_macro_f1"
 
 @dataclass
 class Fitted:
-    """A trained model and how it got there. `log` has a dict per logged step or evaluation; `losses` those of training."""
+    """A trained model and how it got there. `log` has a dict for every logged step or evaluation."""
 
     model: Any
     steps: int
@@ -211,11 +212,16 @@ def _topology_choice(space: DecisionSpace, tokenizer: Any) -> tuple[int, list[in
     return len(root.run), list(root.groups)
 
 
+WINDOW = 8
+"""Batches of rows that are sorted by length together: enough to pad little, few enough to mix well."""
+
+
 class _ByLength:
-    """The rows of an epoch in random order, those of like length together.
+    """The rows of an epoch in random order, those of a batch of like length.
 
     Drawn from seed and epoch alone: the trainer's own sampler draws from torch's global generator, so that a run
-    continued in the middle of a later epoch would see some rows twice and others never.
+    continued in the middle of a later epoch would see some rows twice and others never. It also sorts fifty batches at
+    a time: a small set would run from its longest task to its shortest in every epoch, which learns worse.
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
@@ -225,11 +231,17 @@ class _ByLength:
         return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
-        import torch
-        from transformers.trainer_pt_utils import get_length_grouped_indices
-
-        generator = torch.Generator().manual_seed(self._seed + self._epoch())
-        return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
+        draw = random.Random(f"{self._seed}:{self._epoch()}")
+        rows = list(range(len(self)))
+        draw.shuffle(rows)
+        size, window = self._batch_size, self._batch_size * WINDOW
+        near = [sorted(rows[i : i + window], key=self._lengths.__getitem__) for i in range(0, len(rows), window)]
+        rows = [row for part in near for row in part]
+        whole, rest = len(rows) // size * size, len(rows) % size
+        batches = [rows[i : i + size] for i in range(0, whole, size)]
+        draw.shuffle(batches)
+        # The batch that is not full comes last, or it would shift the others.
+        return iter([row for batch in batches for row in batch] + rows[len(rows) - rest :])
 
 
 def _router_trainer_class() -> Any:

@@ -88,9 +88,9 @@ class RemoteBackend:
 
 
 def topology_shares(answer: Answer, topologies: Sequence[str]) -> dict[str, float] | None:
-    """The distribution over topologies out of the server's top log probabilities where the topology's name begins.
+    """The distribution over topologies, from the server's top log probabilities where the topology's name begins.
 
-    Normalised over the names that can still follow; None where the server gave none, or where its tokens do not show it.
+    Normalised over the names that can still follow; None where the server gave none, or its tokens do not show it.
     """
     try:
         tokens = answer.logprobs["content"]

@@ -73,7 +73,9 @@ class Fault:
             ),
             "max_tokens": ("max_tokens",),
             "max_completion_tokens": ("max_completion_tokens", "max_tokens"),
-            **{name: (name,) for name in sent if name not in ("response_format", "max_tokens", "max_completion_tokens")},
+            **{
+                name: (name,) for name in sent if name not in ("response_format", "max_tokens", "max_completion_tokens")
+            },
         }
         text = self.param or self.words.lower()
         places = {name: [at for word in words if (at := text.find(word)) >= 0] for name, words in aliases.items()}

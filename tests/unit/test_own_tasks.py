@@ -45,7 +45,9 @@ def test_most_tasks_have_twenty_to_eighty_words() -> None:
 
 def test_length_does_not_give_the_topology_away() -> None:
     means = {
-        name: sum(counts := [len(r["task"].split()) for r in ROWS if r["lang"] == "en" and r["decision"]["topology"] == name])
+        name: sum(
+            counts := [len(r["task"].split()) for r in ROWS if r["lang"] == "en" and r["decision"]["topology"] == name]
+        )
         / len(counts)
         for name in TOPOLOGIES
     }
