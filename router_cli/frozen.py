@@ -96,6 +96,11 @@ class FrozenLayers:
             config.num_hidden_layers = layers
             hook.remove()
 
+    def share(self, row: Sequence[int], length: int) -> None:
+        """Let the first `length` tokens of a computed row be a row too: they have the same states."""
+        states = self._states[self._key(row[self._shared :])]
+        self._states[self._key(row[self._shared : length])] = states[: length - self._shared]
+
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """While open, the model starts at layer `keep_from`, from the kept states of the rows that it is given."""

@@ -33,14 +33,15 @@ EXAMPLES = (
 )
 
 TRAINING: dict[str, Any] = {
-    "train__epochs": 3,
+    "train__epochs": 1,
     "train__batch_size": 8,
     "train__grad_accum": 1,
     "train__lr": 2e-3,
     "train__lora_r": 16,
     "train__lora_alpha": 32,
     "train__lora_dropout": 0.0,
-    "train__topology_weight": 2.0,
+    "train__topology_weight": 1.0,
+    "train__topology_passes": 2,
     "train__save_steps": 20,
 }
 """What suits 312 short tasks and a small model on two cores; `router train` has other defaults."""

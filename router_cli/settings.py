@@ -157,6 +157,9 @@ class TrainSettings(Section):
         ge=0,
         description="Weight of the topology's choice in the loss, beside the mean over all tokens (1: as much).",
     )
+    topology_passes: int = Field(
+        0, ge=0, description="More lessons a task that end at the topology: cheap ones in the choice alone."
+    )
     validation_share: float = Field(
         0.15, ge=0, lt=1, description="Share held out where the rows bring no split of their own."
     )
@@ -174,7 +177,7 @@ class InferSettings(Section):
     output: File | None = Field(None, description="Predictions file to write (default: standard output).")
     backend: Literal["local", "remote", "heuristic"] = Field("local", description="What decides.")
     model: str | None = Field(None, description="Model name on the remote server.")
-    batch_size: int = Field(8, ge=1, description="Tasks decided at once.")
+    batch_size: int = Field(32, ge=1, description="Tasks decided at once.")
     split: Literal["train", "validation", "test", "all"] = Field(
         "all", description="Which tasks, where the rows say their split."
     )

@@ -58,6 +58,10 @@ def train(settings: Settings, progress: Progress = SILENT) -> TrainResult:
     options = settings.train
     if options.bf16 and options.fp16:
         raise UsageError("--bf16 and --fp16 exclude each other")
+    if options.train_on_inputs and options.topology_passes + options.topology_weight > 0:
+        raise UsageError(
+            "--train-on-inputs learns all tokens alike: it excludes --topology-passes and --topology-weight"
+        )
     if not options.data:
         if not options.download_model:
             raise UsageError("nothing to train on: pass --data FILE with labels (`router label` makes them)")

@@ -10,38 +10,28 @@
 
 from __future__ import annotations
 
-import math
 import random
-import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from router_cli import prompts
-from router_cli.backends.decoding import Decoder
 from router_cli.backends.device import best_device
 from router_cli.backends.local import quiet
 from router_cli.backends.tree import DecisionTree
 from router_cli.checkpoints import Run
 from router_cli.errors import OutputError, TrainingError
 from router_cli.frozen import FrozenLayers, hidden_states
-from router_cli.jsonl import read_json, reason, write_json
-from router_cli.progress import Bar, Progress
+from router_cli.jsonl import reason
+from router_cli.progress import Progress
 from router_cli.schema import Example
-from router_cli.scoring import metrics
 from router_cli.scoring.results import LossPoint
 from router_cli.settings import Settings
 from router_cli.space import DecisionSpace
+from router_cli.watch import HeldOut, interruptible, make_watch
 
 IGNORED = -100
 """The label of positions without loss, torch's own."""
-
-SCORE = "validation_macro_f1"
-"""The log's name for what an epoch's validation gave."""
 
 
 @dataclass
@@ -86,20 +76,23 @@ def fit(
     layers = list(range(model.config.num_hidden_layers))
     if options.lora_last_layers:
         layers = layers[-options.lora_last_layers :]
-    held_out = _HeldOut(tokenizer, space, validation)
+    held_out = HeldOut(tokenizer, space, validation)
     with quiet():
         trainer = _make_trainer(model, tokenizer, space, rows, layers, settings, run)
         # It prints every log to stdout, which carries results only.
         trainer.remove_callback(PrinterCallback)
-        watch = _watch(held_out, run, options.save_total_limit, progress)
+        watch = make_watch(held_out, run, options.save_total_limit, progress)
         trainer.add_callback(watch)
     resume = run.newest()
     if resume is not None:
         progress.notice(f"continuing from step {resume.name.rpartition('-')[2]}")
     watch.frozen = _frozen(model, layers[0], rows, tokenizer, trainer.shared, progress)
+    if watch.frozen and options.topology_passes:
+        for row in rows:
+            watch.frozen.share(row.input_ids, row.prompt_length + _topology_choice(space, tokenizer)[0] + 1)
     trainer.first_layer = layers[0] if watch.frozen else 0
     # Everything that needs the whole model (validation) steps out of the frozen layers' place by itself.
-    with _interruptible(watch), watch.training():
+    with interruptible(watch), watch.training():
         try:
             with quiet():
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -149,10 +142,9 @@ def _make_trainer(
         layers_to_transform=layers if options.lora_last_layers else None,
         task_type="CAUSAL_LM",
     )
-    labels = [
-        row.input_ids if options.train_on_inputs else [IGNORED] * row.prompt_length + row.input_ids[row.prompt_length :]
-        for row in rows
-    ]
+    choice = None if options.train_on_inputs else _topology_choice(space, tokenizer)
+    lessons = [(row.input_ids, 0 if options.train_on_inputs else row.prompt_length) for row in rows]
+    lessons += [_until_topology(row, choice) for row in rows for _ in range(options.topology_passes)]
     arguments = SFTConfig(
         output_dir=str(run.checkpoints),
         max_length=None,
@@ -183,11 +175,17 @@ def _make_trainer(
     return _router_trainer_class()(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": labels}),
+        train_dataset=Dataset.from_dict(
+            {
+                "input_ids": [ids for ids, _ in lessons],
+                "labels": [[IGNORED] * start + ids[start:] for ids, start in lessons],
+            }
+        ),
         processing_class=tokenizer,
         peft_config=config,
-        choice=None if options.train_on_inputs else _topology_choice(space, tokenizer),
+        choice=choice,
         topology_weight=options.topology_weight,
+        own_loss=options.topology_weight + options.topology_passes > 0,
         # A recomputed forward would find the cache already filled; and with loss on the prompt nothing is shared.
         shared=0 if options.train_on_inputs or options.gradient_checkpointing else _shared([r.input_ids for r in rows]),
     )
@@ -204,6 +202,13 @@ def _shared(rows: Sequence[list[int]]) -> int:
     """How many tokens all rows begin with: the constant start of the prompt."""
     first, last = min(rows), max(rows)
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
+
+
+def _until_topology(row: prompts.Encoded, choice: tuple[int, list[int]] | None) -> tuple[list[int], int]:
+    """A row that ends with the topology's first token, and where its labels start: at that token."""
+    assert choice is not None  # topology passes and loss on the prompt exclude each other
+    end = row.prompt_length + choice[0]
+    return row.input_ids[: end + 1], end
 
 
 def _topology_choice(space: DecisionSpace, tokenizer: Any) -> tuple[int, list[int]]:
@@ -251,10 +256,16 @@ def _router_trainer_class() -> Any:
 
     class RouterTrainer(SFTTrainer):  # type: ignore[misc]  # trl's class is untyped
         def __init__(
-            self, *args: Any, choice: tuple[int, list[int]] | None, topology_weight: float, shared: int, **kwargs: Any
+            self,
+            *args: Any,
+            choice: tuple[int, list[int]] | None,
+            topology_weight: float,
+            own_loss: bool,
+            shared: int,
+            **kwargs: Any,
         ) -> None:
             super().__init__(*args, **kwargs)
-            self._choice, self._topology_weight = choice, topology_weight
+            self._choice, self._topology_weight, self._own_loss = choice, topology_weight, own_loss
             self.shared, self.first_layer = shared, 0
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -266,7 +277,7 @@ def _router_trainer_class() -> Any:
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
             # TRL's own loss is the fast one on a GPU, but it knows no choices.
-            if return_outputs or (self.args.device.type != "cpu" and self._topology_weight == 0):
+            if return_outputs or (self.args.device.type != "cpu" and not self._own_loss):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             labels = inputs["labels"][:, self.shared + 1 :]
             scored = labels != IGNORED
@@ -283,40 +294,20 @@ def _router_trainer_class() -> Any:
                 return each.sum() / total
             offset, choices = self._choice
             counts = scored.sum(1)
-            places = counts.cumsum(0) - counts + offset
+            whole = counts > 1
+            places = counts.cumsum(0) - counts + torch.where(whole, offset, 0)
             among = torch.tensor(choices, device=logits.device)
             right = (targets[places][:, None] == among).int().argmax(1)
             topology = torch.nn.functional.cross_entropy(logits[places][:, among], right, reduction="none")
             found = logits[places][:, among].argmax(1) == right
             self._metrics["train"]["topology_loss"].append(topology.mean().item())
             self._metrics["train"]["topology_accuracy"].append(found.float().mean().item())
-            # The mean over examples; a step's examples are its tokens over the tokens of one.
-            return (each.sum() + self._topology_weight * topology.sum() * counts.float().mean()) / total
+            # Rows that end at the topology teach the choice alone; in whole rows it weighs beside the other tokens.
+            tokens = each[whole.repeat_interleave(counts)].sum() / total
+            weights = torch.where(whole, self._topology_weight, 1.0)
+            return tokens + (weights * topology).mean() / self.current_gradient_accumulation_steps
 
     return RouterTrainer
-
-
-class _HeldOut:
-    """The validation tasks, decided by the decoder that serves."""
-
-    def __init__(self, tokenizer: Any, space: DecisionSpace, examples: Sequence[Example]) -> None:
-        self._tokenizer, self._space, self._examples = tokenizer, space, examples
-
-    @cached_property
-    def _prompts(self) -> list[list[int]]:
-        return [prompts.encode_prompt(example.text, self._space, self._tokenizer) for example in self._examples]
-
-    def score(self, model: Any) -> float | None:
-        """Macro-F1 of the topology over the validation tasks; None where there are none."""
-        import numpy as np
-
-        if not self._examples:
-            return None
-        found = Decoder(model, self._tokenizer, self._space).decide(self._prompts)
-        names = self._space.topologies
-        gold = np.array([names.index(example.decision.topology) for example in self._examples])
-        predicted = np.array([names.index(one.decision.topology) for one in found])
-        return float(metrics.macro_f1(gold, predicted, len(names)))
 
 
 def _frozen(
@@ -330,124 +321,3 @@ def _frozen(
     with progress.bar(f"compute {first} frozen layers once", len(ids)) as bar:
         frozen.compute(ids, bar.advance)
     return frozen
-
-
-@contextmanager
-def _interruptible(watch: Any) -> Iterator[None]:
-    """Turn the first Ctrl-C or SIGTERM into `watch.interrupted`, so that the running step ends and is saved."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        if watch.interrupted:
-            raise KeyboardInterrupt
-        watch.interrupted = True
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _watch(held_out: _HeldOut, run: Run, keep: int, progress: Progress) -> Any:
-    """The callback that reports, marks checkpoints, keeps the best adapter and stops on bad news."""
-    from transformers import TrainerCallback
-
-    class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-        def __init__(self) -> None:
-            self.frozen: FrozenLayers | None = None
-            self.interrupted, self.failure = False, ""
-            self._place: Any = nullcontext()
-            self._bar: Bar | None = None
-            self._open_bar: Any = None
-            self._loss = math.nan
-
-        @contextmanager
-        def training(self) -> Iterator[None]:
-            """Open while the trainer runs: the frozen layers stand aside."""
-            self._enter()
-            try:
-                yield
-            finally:
-                self._place.__exit__(None, None, None)
-                if self._open_bar is not None:
-                    self._open_bar.__exit__(None, None, None)
-
-        def _enter(self) -> None:
-            self._place = self.frozen.in_place() if self.frozen else nullcontext()
-            self._place.__enter__()
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self._open_bar = progress.bar("train", state.max_steps, state.global_step)
-            self._bar = self._open_bar.__enter__()
-            # A kill between an epoch's last checkpoint and its validation: the epoch is validated now.
-            whole = state.global_step == state.max_steps or float(state.epoch or 0).is_integer()
-            scored = any(entry["step"] == state.global_step for entry in state.log_history if SCORE in entry)
-            if state.global_step and whole and not scored:
-                self.on_epoch_end(args, state, control, **kwargs)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self._bar:
-                self._bar.advance(status=f"loss {self._loss:.3f}" if math.isfinite(self._loss) else "")
-            if self.interrupted and not self.failure:
-                control.should_save = control.should_training_stop = True
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            # The mean over all steps comes at the end, and shows what no step's log did.
-            if logs and (found := logs.get("loss", logs.get("train_loss"))) is not None:
-                self._loss = float(found)
-                if not math.isfinite(self._loss):
-                    self.failure = (
-                        f"the loss is {self._loss} at step {state.global_step}: lower --lr, or drop --fp16 for --bf16; "
-                        "the checkpoints before it are kept"
-                    )
-                    control.should_training_stop = True
-
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            run.mark(state.global_step, keep)
-
-        def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            # The first half of several epochs never holds the best one, and on a CPU a look costs a tenth of an epoch.
-            if self.interrupted or self.failure or state.epoch < args.num_train_epochs / 2:
-                return
-            self._place.__exit__(None, None, None)
-            model.eval()
-            try:
-                score = held_out.score(model)
-            finally:
-                model.train()
-                self._enter()
-            if score is None:
-                return
-            state.log_history.append({"step": state.global_step, "epoch": state.epoch, SCORE: score})
-            progress.notice(f"epoch {state.epoch:.0f}: topology macro-F1 {score:.3f} on the validation tasks")
-            if score > self._best().get("score", -1.0):
-                self._keep(model, {"score": score, "epoch": state.epoch, "step": state.global_step})
-
-        def _best(self) -> dict[str, Any]:
-            file = run.checkpoints / "best" / "best.json"
-            return read_json(file) if file.is_file() else {}
-
-        def _keep(self, model: Any, facts: dict[str, Any]) -> None:
-            beside = run.checkpoints / "best.part"
-            shutil.rmtree(beside, ignore_errors=True)
-            model.save_pretrained(beside)
-            write_json(beside / "best.json", facts)
-            shutil.rmtree(run.checkpoints / "best", ignore_errors=True)
-            beside.rename(run.checkpoints / "best")
-
-        def load_best(self, model: Any) -> dict[str, Any]:
-            """Put the best adapter's weights into the model, and say how good it was; without one leave the last."""
-            from peft import set_peft_model_state_dict
-            from safetensors.torch import load_file
-
-            best = self._best()
-            if best:
-                weights = load_file(str(run.checkpoints / "best" / "adapter_model.safetensors"))
-                set_peft_model_state_dict(model, weights)
-            return best
-
-    return Watch()

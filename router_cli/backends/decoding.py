@@ -46,7 +46,7 @@ class Decoded:
 class Decoder:
     """Greedy decisions from a causal language model over the decision space of `space`."""
 
-    def __init__(self, model: Any, tokenizer: prompts.Tokenizer, space: DecisionSpace, batch_size: int = 8) -> None:
+    def __init__(self, model: Any, tokenizer: prompts.Tokenizer, space: DecisionSpace, batch_size: int = 32) -> None:
         self._model, self._batch_size, self.space = model, batch_size, space
         self._pad = prompts.end_token(tokenizer)
         self.tree = DecisionTree(space, tokenizer)

@@ -18,7 +18,7 @@ LAYERS = {
     2: "jsonl space costs settings scoring.metrics",
     3: "prompts tasks",
     4: "dataset splits teachers backends scoring models machine checkpoints frozen",
-    5: "label train trainer infer evaluate doctor",
+    5: "label train trainer watch infer evaluate doctor",
     6: "quickstart judging summaries console options cli api __main__",
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split()}
@@ -29,8 +29,8 @@ COMPOSERS = ("quickstart", "judging", "summaries", "cli", "api")
 ALLOWED = {
     "trl": ("train", "trainer"),
     "bitsandbytes": ("train", "trainer"),
-    "transformers": ("backends.*", "models", "frozen", "train", "trainer"),
-    "peft": ("backends.*", "train", "trainer"),
+    "transformers": ("backends.*", "models", "frozen", "train", "trainer", "watch"),
+    "peft": ("backends.*", "train", "trainer", "watch"),
     "openai": ("teachers.openai", "doctor"),
     "matplotlib": ("scoring.pictures",),
     "genai_prices": ("costs",),

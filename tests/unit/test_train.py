@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -309,9 +310,28 @@ def test_seed_weight_decay_and_topology_weight_change_the_weights_and_nothing_el
         "seed": {"seed": 1},
         "decay": {"weight_decay": 0.9},
         "topology": {"topology_weight": 5},
+        "passes": {"topology_passes": 1, "epochs": 0.5},
         "dropout": {"lora_dropout": 0.5},
     }.items():
         assert not equal(plain, adapter_weights(run(tmp_path, base, name, **values)[1])), name
+
+
+def test_topology_passes_are_more_lessons_that_teach_the_topology(tiny_folder: Tiny, tmp_path: Path) -> None:
+    base = tiny_folder("smollm")
+    result, folder = run(tmp_path, base, topology_passes=2)
+    assert result.steps == 12  # 16 tasks, each as one whole lesson and two short ones, four a step
+    assert losses(folder, "topology_loss")[-1] < losses(folder, "topology_loss")[0]
+
+
+def test_the_topology_loss_is_taken_among_the_topologies_alone(tiny_folder: Tiny, tmp_path: Path) -> None:
+    """An untrained model is about undecided among four, but far from it among its whole vocabulary."""
+    _, folder = run(tmp_path, tiny_folder("smollm"), topology_weight=1, batch_size=16, grad_accum=1)
+    assert losses(folder, "topology_loss")[0] == pytest.approx(math.log(4), abs=0.3)
+
+
+def test_loss_on_the_prompt_excludes_lessons_in_the_topology(tiny_folder: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--train-on-inputs"):
+        run(tmp_path, tiny_folder("smollm"), train_on_inputs=True, topology_passes=1)
 
 
 def test_the_learning_rate_follows_its_scheduler(tiny_folder: Tiny, tmp_path: Path) -> None:
@@ -373,7 +393,8 @@ def test_last_layers_alone_are_adapted_and_freezing_the_rest_changes_no_loss(
 
     said, rows = Recorder(), label_rows(12, 4)
     data = write_rows(tmp_path / "data.jsonl", rows)
-    values = {"lora_last_layers": 1, "epochs": 2, "batch_size": 3, "grad_accum": 1}
+    # Lessons that end at the topology look their states up as the whole rows do.
+    values = {"lora_last_layers": 1, "epochs": 2, "batch_size": 3, "grad_accum": 1, "topology_passes": 1}
     train(train_settings(data, tiny_folder(style, 3), tmp_path / "frozen", **values), said)
     assert "compute 2 frozen layers once" in said.bars
     weights = adapter_weights(tmp_path / "frozen")
