@@ -177,7 +177,7 @@ class InferSettings(Section):
     output: File | None = Field(None, description="Predictions file to write (default: standard output).")
     backend: Literal["local", "remote", "heuristic"] = Field("local", description="What decides.")
     model: str | None = Field(None, description="Model name on the remote server.")
-    batch_size: int = Field(32, ge=1, description="Tasks decided at once.")
+    batch_size: int = Field(8, ge=1, description="Tasks decided at once.")
     split: Literal["train", "validation", "test", "all"] = Field(
         "all", description="Which tasks, where the rows say their split."
     )

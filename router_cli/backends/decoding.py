@@ -46,7 +46,7 @@ class Decoded:
 class Decoder:
     """Greedy decisions from a causal language model over the decision space of `space`."""
 
-    def __init__(self, model: Any, tokenizer: prompts.Tokenizer, space: DecisionSpace, batch_size: int = 32) -> None:
+    def __init__(self, model: Any, tokenizer: prompts.Tokenizer, space: DecisionSpace, batch_size: int = 8) -> None:
         self._model, self._batch_size, self.space = model, batch_size, space
         self._pad = prompts.end_token(tokenizer)
         self.tree = DecisionTree(space, tokenizer)
@@ -128,17 +128,17 @@ class Decoder:
         real = torch.tensor([[0] * (width - len(row.waiting)) + [1] * len(row.waiting) for row in rows])
         mask = torch.cat([mask, real.to(mask.device)], dim=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
-        output = self._model(
+        states = self._model.get_decoder()(
             input_ids=ids.to(mask.device),
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
-        )
+        ).last_hidden_state
         for row in rows:
             row.waiting = []
-        return output.logits[:, -1].float(), mask
+        # Two dimensions on purpose: for a slice of three, torch copies the whole head once a row (0.2 s a pass).
+        return self._model.get_output_embeddings()(states[:, -1]).float(), mask
 
     def _choose(self, row: Row, scores: Any) -> None:
         """Take the likeliest branch of a row's node, and note the topologies' probabilities on the way."""
