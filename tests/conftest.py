@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,10 @@ settings.load_profile("router")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The models of tests are so small that threads only wait for each other; set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A run in the background inherits an ignored Ctrl-C and hands it on to the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -158,8 +158,6 @@ def test_ctrl_c_ends_with_130_and_one_line() -> None:
     script = (
         "import os, signal, sys, threading\n"
         "from router_cli import cli, infer\n"
-        # A test run in the background inherits an ignored Ctrl-C.
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "sys.exit(cli.main(['infer', '--backend', 'heuristic', '--data', '-']))"
     )
