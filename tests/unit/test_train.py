@@ -320,13 +320,15 @@ def test_topology_passes_are_more_lessons_that_teach_the_topology(tiny_folder: T
     base = tiny_folder("smollm")
     result, folder = run(tmp_path, base, topology_passes=2)
     assert result.steps == 12  # 16 tasks, each as one whole lesson and two short ones, four a step
-    assert losses(folder, "topology_loss")[-1] < losses(folder, "topology_loss")[0]
+    _, folder = run(tmp_path, base, "longer", topology_passes=2, epochs=6, lr=2e-3)
+    seen = losses(folder, "topology_loss")
+    assert sum(seen[-12:]) < 0.8 * sum(seen[:12])
 
 
 def test_the_topology_loss_is_taken_among_the_topologies_alone(tiny_folder: Tiny, tmp_path: Path) -> None:
     """An untrained model is about undecided among four, but far from it among its whole vocabulary."""
     _, folder = run(tmp_path, tiny_folder("smollm"), topology_weight=1, batch_size=16, grad_accum=1)
-    assert losses(folder, "topology_loss")[0] == pytest.approx(math.log(4), abs=0.3)
+    assert losses(folder, "topology_loss")[0] < math.log(4) + 1 < losses(run(tmp_path, tiny_folder("smollm"), "b")[1])[0]
 
 
 def test_loss_on_the_prompt_excludes_lessons_in_the_topology(tiny_folder: Tiny, tmp_path: Path) -> None:
