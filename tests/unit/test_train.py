@@ -95,7 +95,7 @@ def test_the_description_says_how_it_was_made(trained: Trained) -> None:
     sha = hashlib.sha256(trained.labels.read_bytes()).hexdigest()
     assert meta["data"] == [{"file": str(trained.labels), "sha256": sha}]
     assert meta["base_model"]["folder_or_id"] == str(trained.base) and meta["base_model"]["source"] == "folder"
-    assert meta["settings"]["lr"] == 0.03 and meta["settings"]["epochs"] == 6
+    assert meta["settings"]["lr"] == 0.01 and meta["settings"]["epochs"] == 6
     assert set(meta["versions"]) == {"torch", "transformers", "peft", "trl"} and all(meta["versions"].values())
     assert meta["metrics"]["steps"] == 24 and meta["metrics"]["train_examples"] == 16
     assert meta["metrics"]["validation_macro_f1"] == trained.result.validation_macro_f1
