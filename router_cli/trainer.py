@@ -88,8 +88,9 @@ def fit(
         progress.notice(f"continuing from step {resume.name.rpartition('-')[2]}")
     watch.frozen = _frozen(model, layers[0], rows, tokenizer, trainer.shared, progress)
     if watch.frozen and options.topology_passes:
+        choice = _topology_choice(space, tokenizer)
         for row in rows:
-            watch.frozen.share(row.input_ids, row.prompt_length + _topology_choice(space, tokenizer)[0] + 1)
+            watch.frozen.share(row.input_ids, len(_until_topology(row, choice)[0]))
     trainer.first_layer = layers[0] if watch.frozen else 0
     # Everything that needs the whole model (validation) steps out of the frozen layers' place by itself.
     with interruptible(watch), watch.training():
@@ -226,7 +227,7 @@ class _ByLength:
 
     Drawn from seed and epoch alone: the trainer's own sampler draws from torch's global generator, so that a run
     continued in the middle of a later epoch would see some rows twice and others never. It also sorts fifty batches at
-    a time: a small set would run from its longest task to its shortest in every epoch, which learns worse.
+    a time: a small set would run from its longest task to its shortest in every epoch.
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
