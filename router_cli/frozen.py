@@ -9,9 +9,12 @@ Both are exact: losses and gradients equal those of ordinary training.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from router_cli.backends.device import ROWS_AT_ONCE
 
 MEMORY_SHARE = 0.25
 """The share of free memory that the kept states may take; above it, training runs the ordinary way."""
@@ -64,8 +67,8 @@ class FrozenLayers:
         size = sum(len(row) for row in rows) * model.config.hidden_size * model.dtype.itemsize
         return bool(size < MEMORY_SHARE * psutil.virtual_memory().available)
 
-    def compute(self, rows: Sequence[Sequence[int]], each: Callable[[], None]) -> None:
-        """Run the frozen layers over every row once; `each` is called after a row."""
+    def compute(self, rows: Sequence[Sequence[int]], each: Callable[[int], None]) -> None:
+        """Run the frozen layers over every row once; `each` is told how many rows are done since its last call."""
         import torch
 
         caught: list[Any] = []
@@ -75,26 +78,37 @@ class FrozenLayers:
         config, layers = self._decoder.config, self._decoder.config.num_hidden_layers
         # The model's loop runs over as many layers as its config says; the hook's own layer is the last one needed.
         config.num_hidden_layers = self._keep_from + 1
-        cache = _cache(self._decoder, 0) if self._shared else None
         training = self._decoder.training
         self._decoder.eval()  # the dropout of that last layer would draw from the generator that training draws from
         try:
             with torch.no_grad():
-                shared = [rows[0][: self._shared]] if cache else []
-                for number, part in enumerate([*shared, *(row[self._shared :] for row in rows)]):
-                    caught.clear()
-                    ids = torch.tensor([list(part)], device=self._decoder.device)
-                    self._decoder(ids, past_key_values=cache, use_cache=cache is not None)
-                    # A clone of its own: a view would keep the whole forward's storage.
-                    self._states[self._key(part)] = caught[0][0].detach().clone()
-                    if cache is not None and (extra := cache.get_seq_length() - self._shared):
-                        cache.crop(-extra)
-                    if number >= len(shared):
-                        each()
+                start = _cache(self._decoder, 0)
+                if self._shared:
+                    self._keep([rows[0][: self._shared]], start, caught)
+                order = sorted(rows, key=len)
+                for i in range(0, len(order), ROWS_AT_ONCE):
+                    part = order[i : i + ROWS_AT_ONCE]
+                    cache = copy.deepcopy(start)
+                    if self._shared:
+                        cache.batch_repeat_interleave(len(part))
+                    self._keep([row[self._shared :] for row in part], cache, caught)
+                    each(len(part))
         finally:
             self._decoder.train(training)
             config.num_hidden_layers = layers
             hook.remove()
+
+    def _keep(self, rows: Sequence[Sequence[int]], cache: Any, caught: list[Any]) -> None:
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        caught.clear()
+        # Padded on the right, where causal attention never looks: no mask is needed.
+        ids = pad_sequence([torch.tensor(list(row)) for row in rows], batch_first=True, padding_value=self._pad)
+        self._decoder(ids.to(self._decoder.device), past_key_values=cache, use_cache=True)
+        for row, states in zip(rows, caught[0], strict=True):
+            # A clone of its own: a view would keep the whole forward's storage.
+            self._states[self._key(row)] = states[: len(row)].detach().clone()
 
     def share(self, row: Sequence[int], length: int) -> None:
         """Let the first `length` tokens of a computed row be a row too: they have the same states."""

@@ -17,7 +17,7 @@ from router_cli.schema import Prediction, Task
 from router_cli.settings import Settings
 from router_cli.tasks import read_tasks, stable_id
 
-WINDOW = 8
+WINDOW = 2
 """Batches that are read at once, so that tasks of like length can share one; as many decisions a kill can cost."""
 
 

@@ -34,7 +34,7 @@ EXAMPLES = (
 
 TRAINING: dict[str, Any] = {
     "train__epochs": 1,
-    "train__batch_size": 8,
+    "train__batch_size": 4,
     "train__grad_accum": 1,
     "train__lr": 2e-3,
     "train__lora_r": 16,

@@ -8,10 +8,8 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
 from typing import Any
 
-from router_cli import prompts
 from router_cli.backends.decoding import Decoder
 from router_cli.checkpoints import Run
 from router_cli.frozen import FrozenLayers
@@ -31,20 +29,17 @@ class HeldOut:
     def __init__(self, tokenizer: Any, space: DecisionSpace, examples: Sequence[Example]) -> None:
         self._tokenizer, self._space, self._examples = tokenizer, space, examples
 
-    @cached_property
-    def _prompts(self) -> list[list[int]]:
-        return [prompts.encode_prompt(example.text, self._space, self._tokenizer) for example in self._examples]
-
     def score(self, model: Any) -> float | None:
         """Macro-F1 of the topology over the validation tasks; None where there are none."""
         import numpy as np
 
         if not self._examples:
             return None
-        found = Decoder(model, self._tokenizer, self._space).decide(self._prompts)
+        decoder = Decoder(model, self._tokenizer, self._space)
+        found = decoder.topologies([decoder.prompt(example.text) for example in self._examples])
         names = self._space.topologies
         gold = np.array([names.index(example.decision.topology) for example in self._examples])
-        predicted = np.array([names.index(one.decision.topology) for one in found])
+        predicted = np.array([names.index(name) for name in found])
         return float(metrics.macro_f1(gold, predicted, len(names)))
 
 

@@ -10,11 +10,12 @@ The constant start of the prompt is encoded once; its keys and values are shared
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from router_cli import prompts
+from router_cli.backends.device import ROWS_AT_ONCE
 from router_cli.backends.tree import DecisionTree, Node
 from router_cli.schema import Decision
 from router_cli.space import DecisionSpace
@@ -46,8 +47,8 @@ class Decoded:
 class Decoder:
     """Greedy decisions from a causal language model over the decision space of `space`."""
 
-    def __init__(self, model: Any, tokenizer: prompts.Tokenizer, space: DecisionSpace, batch_size: int = 8) -> None:
-        self._model, self._batch_size, self.space = model, batch_size, space
+    def __init__(self, model: Any, tokenizer: prompts.Tokenizer, space: DecisionSpace, batch_size: int = 32) -> None:
+        self._model, self._tokenizer, self._batch_size, self.space = model, tokenizer, batch_size, space
         self._pad = prompts.end_token(tokenizer)
         self.tree = DecisionTree(space, tokenizer)
         one, two = (prompts.encode_prompt(text, space, tokenizer) for text in ("a", "1"))
@@ -55,53 +56,93 @@ class Decoder:
         self._prefix = one[:common]
         self._prefix_cache: Any = None
 
-    @property
-    def longest_answer(self) -> int:
-        """Tokens to keep free for an answer: a bound, from roles listed four times over."""
-        return 64 + 16 * len(self.space.roles)
+    def prompt(self, text: str) -> list[int]:
+        """The token ids to ask with; a task that the model's context cannot hold is shortened in its middle.
+
+        Room for the answer is kept by a bound, from roles listed four times over.
+        """
+        room = self._model.config.max_position_embeddings - 64 - 16 * len(self.space.roles)
+        return prompts.fit_prompt(text, self.space, self._tokenizer, room)[0]
 
     def decide(self, encoded: Sequence[Sequence[int]]) -> list[Decoded]:
-        """Decide for prompts given as token ids (from `prompts.encode_prompt`), in their order."""
+        """Decide for prompts given as token ids (from `prompt`), in their order."""
+        root = self.tree.root
+        if root.decision is not None:  # a space of one decision needs no model
+            return [Decoded(root.decision, 1.0, self._certain(root.decision))] * len(encoded)
+        return [self._finished(row) for row in self._descend(encoded, lambda node: node.decision is not None)]
+
+    def topologies(self, encoded: Sequence[Sequence[int]]) -> list[str]:
+        """The topologies alone of what `decide` would answer: mostly one pass instead of nine."""
+        if len(self.tree.root.topologies) == 1:
+            return list(self.tree.root.topologies) * len(encoded)
+        return [min(row.node.topologies) for row in self._descend(encoded, lambda node: len(node.topologies) == 1)]
+
+    def _descend(self, encoded: Sequence[Sequence[int]], finished: Callable[[Node], bool]) -> list[Row]:
+        """Walk down the tree from every prompt until its node is `finished`; rows in the prompts' order."""
         import torch
 
-        found: dict[int, Decoded] = {}
+        found: dict[int, Row] = {}
         # Neighbours in length share a batch, so that hardly anything is padded.
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         with torch.inference_mode():
             for start in range(0, len(order), self._batch_size):
                 batch = order[start : start + self._batch_size]
-                found.update(self._batch([(i, list(encoded[i])) for i in batch]))
+                found.update(self._batch([(i, list(encoded[i])) for i in batch], finished))
         return [found[i] for i in range(len(encoded))]
 
-    def _batch(self, batch: list[tuple[int, list[int]]]) -> dict[int, Decoded]:
+    def _batch(self, batch: list[tuple[int, list[int]]], finished: Callable[[Node], bool]) -> dict[int, Row]:
         import torch
 
         root = self.tree.root
-        if root.decision is not None:  # a space of one decision needs no model
-            only = Decoded(root.decision, 1.0, self._certain(root.decision))
-            return {index: only for index, _ in batch}
         cut = len(self._prefix) if all(ids[: len(self._prefix)] == self._prefix for _, ids in batch) else 0
         rows = [
             Row(index, ids, root, [*ids[cut:], *root.run], list(root.run), 1.0, dict.fromkeys(root.topologies, 0.0))
             for index, ids in batch
         ]
-        cache = self._cache(cut, len(rows))
-        mask = torch.ones((len(rows), cut), dtype=torch.long, device=self._model.device)
-        done: dict[int, Decoded] = {}
-        while rows:
-            logits, mask = self._forward(rows, cache, mask)
+        done = {row.index: row for row in rows}
+        logits, cache, mask = self._encode(rows, cut)
+        while True:
             for row, scores in zip(rows, logits, strict=True):
                 self._choose(row, scores)
-            keep = [i for i, row in enumerate(rows) if row.node.decision is None]
-            for row in rows:
-                if row.node.decision is not None:
-                    done[row.index] = self._finished(row)
-            if keep and len(keep) < len(rows):
+            keep = [i for i, row in enumerate(rows) if not finished(row.node)]
+            if not keep:
+                return done
+            if len(keep) < len(rows):
                 select = torch.tensor(keep, device=self._model.device)
                 cache.batch_select_indices(select)
                 mask = mask[select]
-            rows = [rows[i] for i in keep]
-        return done
+                rows = [rows[i] for i in keep]
+            logits, mask = self._forward(rows, cache, mask)
+
+    def _encode(self, rows: list[Row], cut: int) -> tuple[Any, Any, Any]:
+        """Feed the prompts behind the first `cut` tokens: logits as `_forward` gives them, the cache, its mask.
+
+        A CPU encodes few prompts at a time and decodes many: the caches of the parts are put together.
+        """
+        import torch
+        from torch.nn.functional import pad
+
+        size = ROWS_AT_ONCE if self._model.device.type == "cpu" else len(rows)
+        parts = []
+        for part in (rows[start : start + size] for start in range(0, len(rows), size)):
+            cache = self._cache(cut, len(part))
+            mask = torch.ones((len(part), cut), dtype=torch.long, device=self._model.device)
+            logits, mask = self._forward(part, cache, mask)
+            parts.append((logits, cache, mask))
+        if len(parts) == 1:
+            return parts[0]
+        length = max(mask.shape[1] for _, _, mask in parts)
+        # Masked positions on the left: each token brings its own position, so the place in the cache means nothing.
+        whole = parts[0][1]
+        for number, layer in enumerate(whole.layers):
+            for name in ("keys", "values"):
+                each = [getattr(cache.layers[number], name) for _, cache, _ in parts]
+                setattr(layer, name, torch.cat([pad(one, (0, 0, length - one.shape[-2], 0)) for one in each]))
+        return (
+            torch.cat([logits for logits, _, _ in parts]),
+            whole,
+            torch.cat([pad(mask, (length - mask.shape[1], 0)) for _, _, mask in parts]),
+        )
 
     def _cache(self, length: int, rows: int) -> Any:
         """A fresh cache that holds the first `length` tokens of the constant prefix for `rows` tasks."""

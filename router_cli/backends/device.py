@@ -9,6 +9,9 @@ import time
 from functools import cache
 from typing import Any
 
+ROWS_AT_ONCE = 8
+"""Short prompts that a CPU encodes together: with more, their activations leave its caches."""
+
 
 @cache
 def fast_dtype(device: str) -> str:

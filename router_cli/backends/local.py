@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from router_cli import models, prompts
 from router_cli.backends import Choice, space_from
 from router_cli.backends.decoding import Decoder
-from router_cli.backends.device import best_device, fast_dtype
+from router_cli.backends.device import ROWS_AT_ONCE, best_device, fast_dtype
 from router_cli.errors import InputError, ModelError
 from router_cli.jsonl import read_json
 from router_cli.progress import SILENT, Progress
@@ -46,9 +46,7 @@ class LocalBackend:
     def decide(self, texts: Sequence[str]) -> list[Choice]:
         """A valid decision for each text, with its probabilities, in the order of the texts."""
         started = time.perf_counter()
-        limit = self.model.config.max_position_embeddings - self._decoder.longest_answer
-        fitted = [prompts.fit_prompt(text, self.space, self.tokenizer, limit)[0] for text in texts]
-        found = self._decoder.decide(fitted)
+        found = self._decoder.decide([self._decoder.prompt(text) for text in texts])
         each = (time.perf_counter() - started) * 1000 / max(1, len(texts))
         return [Choice(c.decision, c.topologies, each) for c in found]
 
@@ -137,6 +135,7 @@ def features(texts: Sequence[str], name: str, settings: Settings, progress: Prog
     """
     import numpy as np
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
     model, tokenizer = load(models.resolve(name, settings, progress), settings)
     layers = model.get_decoder().layers
@@ -151,12 +150,16 @@ def features(texts: Sequence[str], name: str, settings: Settings, progress: Prog
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     try:
         with torch.inference_mode(), progress.bar("encode for the linear probe", len(texts)) as bar:
-            for i in order:
-                ids = tokenizer(texts[i], return_tensors="pt", truncation=True, max_length=1024)["input_ids"]
+            for start in range(0, len(order), ROWS_AT_ONCE):
+                part = order[start : start + ROWS_AT_ONCE]
+                ids = [tokenizer(texts[i], return_tensors="pt", truncation=True, max_length=1024) for i in part]
+                ids = [one["input_ids"][0] for one in ids]
                 caught.clear()
-                model.get_decoder()(ids.to(model.device), use_cache=False)
-                rows[i] = caught[0][0].float().mean(0).cpu().numpy()
-                bar.advance()
+                # Padded on the right, where causal attention never looks: no mask is needed.
+                model.get_decoder()(pad_sequence(ids, batch_first=True).to(model.device), use_cache=False)
+                for i, own, states in zip(part, ids, caught[0], strict=True):
+                    rows[i] = states[: len(own)].float().mean(0).cpu().numpy()
+                bar.advance(len(part))
     finally:
         hook.remove()
     return rows

@@ -11,6 +11,7 @@ import pytest
 
 from router_cli import prompts
 from router_cli.backends.decoding import Decoded, Decoder
+from router_cli.backends.device import ROWS_AT_ONCE
 from router_cli.schema import Decision
 from router_cli.space import DecisionSpace
 from tests.tiny import tiny_tokenizer
@@ -134,6 +135,35 @@ def test_batched_equals_one_by_one_in_the_order_given(router: tuple[Any, Any]) -
     alone = Decoder(model, tokenizer, SPACE, batch_size=1)
     for ids, one in zip(prompt_ids, batched, strict=True):
         same(one, alone.decide([ids])[0])
+
+
+def test_batches_above_what_is_encoded_together_change_nothing(router: tuple[Any, Any]) -> None:
+    model, tokenizer = router
+    texts = [f"Sort list {number} " + "carefully " * (number * 3 % 17) for number in range(2 * ROWS_AT_ONCE + 3)]
+    prompt_ids = encoded(texts, tokenizer)
+    whole, parts = (Decoder(model, tokenizer, SPACE, batch_size=size) for size in (len(texts), ROWS_AT_ONCE))
+    for one, other in zip(whole.decide(prompt_ids), parts.decide(prompt_ids), strict=True):
+        same(one, other)
+
+
+def test_topologies_alone_are_those_of_the_decisions(router: tuple[Any, Any]) -> None:
+    model, tokenizer = router
+    # Byte by byte, chain and centralized part at their second token only.
+    for reader in (tokenizer, without_merges(tokenizer)):
+        decoder, prompt_ids = Decoder(model, reader, SPACE), encoded(TEXTS, reader)
+        assert decoder.topologies(prompt_ids) == [one.decision.topology for one in decoder.decide(prompt_ids)]
+    one_way = DecisionSpace(SPACE.roles, ("chain",), SPACE.step_bound)
+    assert Decoder(model, tokenizer, one_way).topologies(encoded(TEXTS[:2], tokenizer, one_way)) == ["chain", "chain"]
+
+
+def test_a_task_beyond_the_context_is_shortened_in_its_middle(router: tuple[Any, Any]) -> None:
+    model, tokenizer = router
+    decoder = Decoder(model, tokenizer, SPACE)
+    found = decoder.prompt("begin " + "middle " * 3000 + "end")
+    assert len(found) < model.config.max_position_embeddings
+    text = tokenizer.decode(found)
+    assert "begin" in text and "…" in text and "end" in text
+    assert decoder.decide([found])
 
 
 def test_the_shared_prefix_changes_nothing(router: tuple[Any, Any]) -> None:
