@@ -290,6 +290,8 @@ def _dequantise(gguf: Path, folder: Path) -> None:
                 quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
                 dtype=torch.bfloat16,
             )
+            # Older readers leave the architecture's default here, whatever the file says.
+            model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     except OSError as error:

@@ -70,13 +70,15 @@ def fit(
     Raises TrainingError where the loss is no number, OutputError where a checkpoint cannot be written, and
     KeyboardInterrupt after writing a checkpoint on Ctrl-C.
     """
-    from transformers import PrinterCallback
+    from transformers import PrinterCallback, set_seed
 
     options = settings.train
     layers = list(range(model.config.num_hidden_layers))
     if options.lora_last_layers:
         layers = layers[-options.lora_last_layers :]
     held_out = HeldOut(tokenizer, space, validation)
+    # Older versions of TRL draw the adapter's first weights before they set the seed.
+    set_seed(options.seed)
     with quiet():
         trainer = _make_trainer(model, tokenizer, space, rows, layers, settings, run)
         # It prints every log to stdout, which carries results only.
