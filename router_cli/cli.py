@@ -52,10 +52,23 @@ def _app(
 @with_settings("label", *SPACE, *ENDPOINT)
 def label(call: Call) -> int:
     """Ask a teacher for a routing decision for every task, and write training rows."""
-    from router_cli.label import label
-    from router_cli.summaries import labelled
+    from router_cli import audit
+    from router_cli.from_outcomes import label_from_outcomes, wanted
+    from router_cli.label import estimate, label
+    from router_cli.summaries import audited, estimated, labelled, outcome_labelled
 
-    result = label(call.settings, call.console)
+    if wanted(call.settings) and not call.settings.label.audit:
+        call.console.result(*outcome_labelled(label_from_outcomes(call.settings, call.console)))
+        return 0
+    if call.settings.label.dry_run:
+        foresee = audit.estimate if call.settings.label.audit else estimate
+        call.console.result(*estimated(foresee(call.settings, call.console)))
+        return 0
+    if call.settings.label.audit:
+        found = audit.audit(call.settings, call.console, call.console.confirm)
+        call.console.result(*audited(found))
+        return 0 if found.complete else 3
+    result = label(call.settings, call.console, call.console.confirm)
     call.console.result(*labelled(result))
     return 0 if result.complete else 3
 
@@ -71,7 +84,7 @@ def train(call: Call) -> None:
 
 
 @app.command(rich_help_panel="The loop")
-@with_settings("infer", *SPACE, "endpoint.base_url", "endpoint.timeout", *BASES)
+@with_settings("infer", *SPACE, "endpoint.base_url", "endpoint.timeout", "label.max_cost", "label.yes", *BASES)
 def infer(
     call: Call, task: Annotated[str | None, typer.Argument(help="One task as text; or pass --data.")] = None
 ) -> int:
@@ -79,7 +92,7 @@ def infer(
     from router_cli.infer import infer
     from router_cli.summaries import decided
 
-    result = infer(call.settings, task, call.console)
+    result = infer(call.settings, task, call.console, call.console.confirm)
     call.console.result(*decided(result, call.console.as_json))
     return 3 if result.skipped else 0
 
@@ -87,11 +100,14 @@ def infer(
 @app.command("eval", rich_help_panel="The loop")
 @with_settings("eval", *SPACE, *BASES)
 def evaluate(call: Call) -> None:
-    """Judge predictions against labels and against what a router must beat."""
-    from router_cli.judging import judge
-    from router_cli.summaries import judged
+    """Judge predictions against labels, or by recorded executions, and against what a router must beat."""
+    from router_cli.judging import judge, weigh
+    from router_cli.summaries import judged, weighed
 
-    call.console.result(*judged(judge(call.settings, call.console), call.settings))
+    if call.settings.eval.outcomes is not None:
+        call.console.result(*weighed(weigh(call.settings, call.console), call.settings))
+    else:
+        call.console.result(*judged(judge(call.settings, call.console), call.settings))
 
 
 @app.command(rich_help_panel="Around it")
@@ -132,9 +148,9 @@ def config_show(call: Call) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code. Every failure becomes one line on stderr (a traceback with -vv)."""
-    words = options.dashed(list(sys.argv[1:] if argv is None else argv))
     options.State.verbosity = 0
     try:
+        words = options.dashed(list(sys.argv[1:] if argv is None else argv))
         code = int(app(args=words, prog_name="router", standalone_mode=False) or 0)
     except RouterError as error:
         return _fail(str(error), error.exit_code)

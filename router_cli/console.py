@@ -127,6 +127,13 @@ class Console:
         # Markup would eat [x] out of a path or a setting.
         self._err.print(Text.assemble(("error: ", "bold red"), text))
 
+    def confirm(self, question: str) -> bool:
+        """Ask for a yes or no on the terminal; no where nobody sits at one."""
+        if not (self._err.is_terminal and sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()):
+            return False
+        self._err.print(Text(f"{question} [y/N] "), end="")
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
     def panel(self, shown: RenderableType) -> None:
         """Show a summary on stderr."""
         if not self.quiet:

@@ -7,7 +7,8 @@
     ├── OutputError             1   a result cannot be written
     ├── ModelError              1   a model or adapter cannot be found or loaded
     ├── TeacherError            1   the teacher's endpoint refuses for good
-    │   └── CredentialsError    1   no key, or a key that the endpoint refuses
+    │   ├── CredentialsError    1   no key, or a key that the endpoint refuses
+    │   └── BudgetReached       3   one more request could cost more than --max-cost allows
     ├── TrainingError           1   training cannot start or go on
     └── PartialError            3   ended well, but some rows are missing from the result
 
@@ -51,6 +52,12 @@ class TeacherError(RouterError):
 
 class CredentialsError(TeacherError):
     """There is no API key, or the endpoint refuses it."""
+
+
+class BudgetReached(TeacherError):
+    """The worst case of the next request does not fit into `label.max_cost`; nothing was sent for it."""
+
+    exit_code = 3
 
 
 class TrainingError(RouterError):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 
+from router_cli import fallback
 from router_cli.backends import Backend, make_backend
 from router_cli.backends.local import META
 from router_cli.errors import InputError, OutputError, UsageError
 from router_cli.jsonl import Appender, read_json, read_rows, write_json, writing
+from router_cli.labelling.estimate import Confirm
 from router_cli.models import file_sha256
 from router_cli.progress import SILENT, Progress
-from router_cli.schema import Prediction, Task
+from router_cli.schema import Prediction, Task, Usage
 from router_cli.settings import Settings
 from router_cli.tasks import read_tasks, stable_id
 
@@ -23,7 +26,11 @@ WINDOW = 2
 
 @dataclass(frozen=True)
 class InferResult:
-    """What `infer` made: `predictions` only where they went to no file. `resumed` rows stood in the output before."""
+    """What `infer` made: `predictions` only where they went to no file. `resumed` rows stood in the output before.
+
+    `unsure` counts the rows below the confidence `threshold` by who decided them ("none": nobody did), `usage` is what
+    that cost.
+    """
 
     output: Path | None
     predictions: list[Prediction]
@@ -31,31 +38,32 @@ class InferResult:
     resumed: int
     skipped: int
     fallbacks: int
+    threshold: float | None = None
+    unsure: dict[str, int] = field(default_factory=dict)
+    usage: Usage | None = None
 
 
-def infer(settings: Settings, text: str | None = None, progress: Progress = SILENT) -> InferResult:
+def infer(
+    settings: Settings, text: str | None = None, progress: Progress = SILENT, confirm: Confirm | None = None
+) -> InferResult:
     """Decide for one `text`, or for the tasks of `infer.data`, into `infer.output` if there is one.
 
-    A file is continued where an earlier call stopped. Raises UsageError where there is nothing to decide, ModelError
-    for the model, InputError and OutputError for the files.
+    A file is continued where an earlier call stopped. `confirm` is asked before a dear fallback. Raises UsageError
+    where there is nothing to decide, ModelError for the model, InputError and OutputError for the files, TeacherError
+    (BudgetReached where the money is spent) for a fallback that does not answer: the rows before stand.
     """
     if (text is None) == (not settings.infer.data):
         raise UsageError("pass either one task as text, or --data FILE (- for standard input)")
     if text is not None and not text.strip():
         raise UsageError("the task is empty")
+    falls_back = fallback.check(settings)
     skipped: list[int] = []
-    if text is not None:
-        tasks: Iterator[Task] = iter([Task(id=stable_id(text), text=text)])
-    else:
-        on_bad = (lambda line, raw, why: skipped.append(line)) if settings.infer.skip_bad_lines else None
-        wanted = settings.infer.split
-        tasks = (task for task in read_tasks(settings.infer.data, on_bad=on_bad) if wanted in ("all", task.split))
-        tasks = islice(tasks, settings.infer.limit)
-    # A missing file is said before a model is loaded for minutes.
-    first = list(islice(tasks, 1))
+    tasks = _tasks(settings, text, skipped)
+    # A missing file is said before a model is loaded for minutes. A price must not hang on `--limit`.
+    first = list(islice(tasks, fallback.PRICED if settings.infer.target_cost is not None else 1))
     if not first:
         raise InputError(f"{', '.join(settings.infer.data)}: holds no task of the {settings.infer.split} split")
-    tasks = chain(first, tasks)
+    tasks = islice(chain(first, tasks), settings.infer.limit)
     output = Path(settings.infer.output) if settings.infer.output else None
     standing = _continued(output, settings) if output else []
     for number, (known, task) in enumerate(zip(standing, tasks, strict=False), start=1):
@@ -68,12 +76,22 @@ def infer(settings: Settings, text: str | None = None, progress: Progress = SILE
     found: list[Prediction] = []
     fallbacks = decided = 0
     backend: Backend | None = None
-    with progress.bar("infer", 1 if text is not None else None, done) as bar:
+    unsure: fallback.Fallback | None = None
+
+    def rest() -> Iterator[Task]:
+        return islice(_tasks(settings, text, []), done, settings.infer.limit)
+
+    with progress.bar("infer", 1 if text is not None else None, done) as bar, ExitStack() as stack:
         writer = Appender(output) if output else None
         try:
             while batch := list(islice(todo, settings.infer.batch_size * WINDOW)):
+                if falls_back and unsure is None:
+                    counted = None if "-" in settings.infer.data else rest
+                    unsure = fallback.make_fallback(settings, first, counted, progress, confirm)
+                    stack.enter_context(unsure)
                 backend = backend or make_backend(settings, progress)
-                for row in predict(backend, batch):
+                rows = predict(backend, batch)
+                for row in unsure.apply(batch, rows) if unsure else rows:
                     if writer:
                         writer.append(row)
                     else:
@@ -84,7 +102,19 @@ def infer(settings: Settings, text: str | None = None, progress: Progress = SILE
         finally:
             if writer:
                 writer.close()
-    return InferResult(output, found, decided, done, len(skipped), fallbacks)
+    result = InferResult(output, found, decided, done, len(skipped), fallbacks)
+    if unsure is None:
+        return result
+    return replace(result, threshold=unsure.threshold, unsure=dict(unsure.counts), usage=unsure.usage)
+
+
+def _tasks(settings: Settings, text: str | None, skipped: list[int]) -> Iterator[Task]:
+    """The tasks to decide, whatever their number; the unreadable lines' numbers go into `skipped`."""
+    if text is not None:
+        return iter([Task(id=stable_id(text), text=text)])
+    on_bad = (lambda line, raw, why: skipped.append(line)) if settings.infer.skip_bad_lines else None
+    wanted = settings.infer.split
+    return (task for task in read_tasks(settings.infer.data, on_bad=on_bad) if wanted in ("all", task.split))
 
 
 def predict(backend: Backend, tasks: list[Task]) -> list[Prediction]:
@@ -99,9 +129,13 @@ def predict(backend: Backend, tasks: list[Task]) -> list[Prediction]:
             model=backend.model_name,
             milliseconds=round(choice.milliseconds, 3),
             fallback=choice.fallback,
+            alternatives=choice.alternatives,
         )
         for task, choice in zip(tasks, backend.decide([task.text for task in tasks]), strict=True)
     ]
+
+
+_OF_THE_TEACHER = {"teacher", "model", "strategy", "temperature", "examples", "shots"}
 
 
 def _identity(settings: Settings) -> dict[str, object]:
@@ -110,6 +144,8 @@ def _identity(settings: Settings) -> dict[str, object]:
     adapter = settings.infer.adapter
     # An adapter that was trained anew stands under the same name.
     trained = file_sha256(adapter / META) if adapter and (adapter / META).is_file() else None
+    if settings.infer.fallback == "teacher":
+        chosen["teacher"] = settings.label.model_dump(mode="json", include=_OF_THE_TEACHER)
     return {**chosen, "decision": settings.decision.model_dump(mode="json"), "adapter's training": trained}
 
 

@@ -61,7 +61,13 @@ def _stdin() -> IO[bytes]:
     # Reading closes what it has read, and nothing is left there for a second reader.
     if sys.stdin is None or sys.stdin.closed or sys.stdin.buffer.closed:
         raise InputError("-: standard input can be read only once; save it to a file first")
-    return sys.stdin.buffer
+    try:
+        own = open(os.dup(sys.stdin.fileno()), "rb")  # noqa: SIM115, PTH123  # a descriptor, and the caller's to close
+    except OSError:  # no file of the system, as in tests
+        return sys.stdin.buffer
+    # A thread may sit in a read when the program ends, and Python's own object is locked by that.
+    sys.stdin.close()
+    return own
 
 
 def _encoding(head: bytes) -> str:
@@ -148,10 +154,10 @@ class Appender:
 
     A line counts once its newline is on disk: what a kill left behind the last newline is cut off on opening.
     Rows are flushed to the kernel at once (a killed process loses nothing) and to the disk every
-    `sync_every` rows and on closing (a power cut loses at most that many).
+    `sync_every` rows and on closing (a power cut loses at most that many); None leaves that to the caller (`fileno`).
     """
 
-    def __init__(self, path: Path, sync_every: int = 20) -> None:
+    def __init__(self, path: Path, sync_every: int | None = 20) -> None:
         self._path, self._sync_every, self._pending = path, sync_every, 0
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,9 +173,13 @@ class Appender:
             self._file.write((dumps(row) + "\n").encode())
             self._file.flush()
             self._pending += 1
-            if self._pending >= self._sync_every:
+            if self._sync_every is not None and self._pending >= self._sync_every:
                 os.fsync(self._file.fileno())
                 self._pending = 0
+
+    def fileno(self) -> int:
+        """The file's descriptor."""
+        return self._file.fileno()
 
     def close(self) -> None:
         """Bring everything to the disk."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from router_cli.errors import UsageError
 from router_cli.progress import SILENT, Progress
 from router_cli.scoring.results import Report
+from router_cli.scoring.worth_results import WorthReport
 from router_cli.settings import Settings
 
 
@@ -22,6 +23,9 @@ def judge(settings: Settings, progress: Progress = SILENT) -> Report:
     from router_cli.evaluate import evaluate
 
     wanted, loss_log = settings.eval, None
+    for name in ("worker", "unsolved_penalty"):
+        if name in settings.options("eval"):
+            raise UsageError(f"--{name.replace('_', '-')} needs --outcomes, the recorded executions to judge by")
     if wanted.adapter is not None:
         if wanted.predictions is not None:
             raise UsageError("--adapter and --predictions exclude each other")
@@ -39,6 +43,29 @@ def judge(settings: Settings, progress: Progress = SILENT) -> Report:
     probe = settings.eval.probe
     encode = (lambda texts: features(texts, probe, settings, progress)) if probe else None
     return evaluate(settings, progress, encode, loss_log)
+
+
+def weigh(settings: Settings, progress: Progress = SILENT) -> WorthReport:
+    """Replay `eval.predictions` over `eval.outcomes`, or those that `eval.adapter` makes for its tasks on the way.
+
+    Raises UsageError where the options do not go together, InputError where the tasks have no text to predict from.
+    """
+    from router_cli.backends.local import read_meta
+    from router_cli.replay import replay, write_tasks
+
+    wanted = settings.eval
+    if wanted.adapter is not None:
+        if wanted.predictions is not None:
+            raise UsageError("--adapter and --predictions exclude each other")
+        meta = read_meta(wanted.adapter)
+        data = write_tasks(settings, Path(wanted.output_dir) / "tasks.jsonl")
+        settings = settings.with_values(
+            eval__predictions=_predict(settings, [data], progress),
+            decision__roles=meta["roles"],
+            decision__topologies=meta["topologies"],
+            decision__step_bound=meta["step_bound"],
+        )
+    return replay(settings, progress)
 
 
 def _predict(settings: Settings, labels: list[str], progress: Progress) -> str:

@@ -106,7 +106,7 @@ def _option(key: str, name: str) -> inspect.Parameter:
         help=text.replace("[", r"\["),
         show_default=False,
         metavar="" if kind is bool else _metavar(key, kind),
-        autocompletion=_completer(choices, get_origin(kind) is list) if choices else None,
+        autocompletion=_completion(info.examples, choices, get_origin(kind) is list),
     )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
@@ -118,6 +118,24 @@ def _negation(name: str) -> inspect.Parameter:
     option = typer.Option(_spelling(f"no_{name}"), hidden=True, help=f"Undoes {_spelling(name)}.")
     annotation = Annotated[bool | None, option]
     return inspect.Parameter(f"no_{name}", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _completion(names: list[str] | None, choices: list[str], many: bool) -> Callable[[str], list[str]] | None:
+    if names:  # names that stand for files, beside the files themselves
+        return lambda incomplete: [
+            *(name for name in names if name.startswith(incomplete)),
+            *sorted(str(path) + "/" * path.is_dir() for path in _beginning(incomplete)),
+        ]
+    return _completer(choices, many) if choices else None
+
+
+def _beginning(incomplete: str) -> list[Path]:
+    folder, _, last = incomplete.rpartition("/")
+    try:
+        there = Path(folder or ("/" if incomplete[:1] == "/" else ".")).iterdir()
+        return [path for path in there if path.name.startswith(last) and (last or not path.name.startswith("."))]
+    except OSError:
+        return []
 
 
 def _completer(choices: list[str], many: bool) -> Callable[[str], list[str]]:
@@ -237,9 +255,17 @@ def _set(assignments: list[str]) -> dict[str, tuple[str, Any]]:
 
 
 def dashed(argv: list[str]) -> list[str]:
-    """Spell options with dashes: the old guide's `--output_dir` is `--output-dir`. Values stay as they are."""
-    spelled, options = [], True
+    """Spell options with dashes: the old guide's `--output_dir` is `--output-dir`. Values stay as they are.
+
+    Raises SettingsError for an option that takes a path and gets an empty one: to Python that is this folder.
+    """
+    spelled: list[str] = []
+    options = True
+    paths = {_spelling(key.split(".")[1]) for key in FIELDS if _is_path(key)}
     for word in argv:
+        before = spelled[-1] if spelled and options else ""
+        if (before in paths and not word) or (options and word.endswith("=") and word[:-1].replace("_", "-") in paths):
+            raise SettingsError(f"{before if not word else word[:-1]}: expected a path, got nothing")
         options = options and word != "--"
         if options and word.startswith("--"):
             name, equals, value = word.partition("=")

@@ -6,13 +6,14 @@ prompt it is asked with. Everything a prompt depends on is in a `DecisionSpace` 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from router_cli.schema import Decision, Message
+from router_cli.schema import Decision, Example, Message
 from router_cli.space import DecisionSpace, Resolved, Violation
 
 PROMPT_VERSION = "1"
@@ -81,8 +82,15 @@ def router_messages(text: str, space: DecisionSpace) -> tuple[Message, Message]:
     return Message(role="system", content=system), Message(role="user", content=f"Task: {text}")
 
 
-def teacher_messages(text: str, space: DecisionSpace, strategy: Strategy = "balanced") -> tuple[Message, Message]:
-    """The system and user message that ask a teacher model, with the whole rubric (data/README.md in short)."""
+def teacher_messages(
+    text: str, space: DecisionSpace, strategy: Strategy = "balanced", examples: Sequence[Example] = ()
+) -> tuple[Message, ...]:
+    """The messages that ask a teacher model, with the whole rubric (data/README.md in short): system, user.
+
+    `examples` stand between the two, each as a turn of its own, question and answer. Turns and not prose, because they
+    show the form of the answer along with its content: a server without structured output answers in the same form.
+    They come before the task, so that what is the same for all tasks is a prefix that providers bill as cached.
+    """
     rubric = "\n".join(f'- "{name}": {_RUBRIC[name]}' for name in space.topologies)
     system = (
         "You are a meta-router for software tasks. Decide which formation of LLM agents a task needs.\n"
@@ -93,7 +101,26 @@ def teacher_messages(text: str, space: DecisionSpace, strategy: Strategy = "bala
         "Answer with one JSON object and nothing else: "
         '{"topology": "...", "roles": ["..."], "manager_role": null, "entry_role": "...", "max_steps": 1}'
     )
-    return Message(role="system", content=system), Message(role="user", content=f"Task: {text}")
+    turns = [
+        message
+        for example in examples
+        for message in (
+            Message(role="user", content=f"Task: {example.text}"),
+            Message(role="assistant", content=render(example.decision)),
+        )
+    ]
+    return Message(role="system", content=system), *turns, Message(role="user", content=f"Task: {text}")
+
+
+def examples_id(examples: Sequence[Example]) -> str | None:
+    """A short name of a few-shot set, the same for the same texts and decisions in the same order; None without any.
+
+    Answers depend on the examples that were shown, so this is part of what a label row is resumed by.
+    """
+    if not examples:
+        return None
+    shown = json.dumps([[example.text, render(example.decision)] for example in examples])
+    return hashlib.sha256(shown.encode()).hexdigest()[:12]
 
 
 def reask_messages(answer: str, violations: Sequence[Violation]) -> tuple[Message, Message]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 Topology = Literal["single", "chain", "decentralized", "centralized"]
 Split = Literal["train", "validation", "test"]
@@ -64,7 +64,10 @@ class Provenance(Record):
     strategy: str
     key: str
     usage: Usage = Usage()
+    # Where a task was asked about several times: the share of the answers with the chosen topology, and the topology of
+    # each (None: an answer that was no use).
     agreement: float | None = None
+    votes: tuple[Topology | None, ...] = ()
     # What was changed to make the answer canonical (role aliases, order of roles), in words; empty is as answered.
     normalised: tuple[str, ...] = ()
     reason: str | None = None
@@ -109,8 +112,19 @@ class Example(Record):
     normalised: tuple[str, ...] = ()
 
 
+class Alternative(Record):
+    """One of the most likely decisions, with its own probability (of the whole decision, not of its topology)."""
+
+    decision: Decision
+    probability: float = Field(ge=0.0, le=1.0)
+
+
 class Prediction(Record):
-    """One row of `router infer`. `probability` is that of the chosen topology."""
+    """One row of `router infer`. `probability` is that of the chosen topology.
+
+    `fallback` names who decided in the router's place; `decision` is None where nobody did. `alternatives`, the
+    likeliest first, are there only where they were asked for.
+    """
 
     task_id: str
     decision: Decision | None
@@ -120,6 +134,14 @@ class Prediction(Record):
     model: str
     milliseconds: float
     fallback: str | None = None
+    alternatives: tuple[Alternative, ...] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        row: dict[str, Any] = dump(self)
+        if self.alternatives is None:
+            row.pop("alternatives", None)
+        return row
 
 
 class Outcome(Record):
@@ -136,6 +158,12 @@ class Outcome(Record):
     completion_tokens: int | None = None
     cost: float | None = None
     seconds: float | None = None
+    # Whether the run passed what an agent may see (visible examples, base tests): what a cascade escalates on.
+    evidence: bool | None = None
+    benchmark: str | None = None
+    # The task's own text and split, on one of its rows at least.
+    text: str | None = None
+    split: Split | None = None
 
 
 class Score(Record):

@@ -34,6 +34,10 @@ from router_cli.schema import Topology
 PREFIX = "ROUTER_"
 CONFIG_FILE = "router.toml"
 SMALL_MODEL = "smollm2-135m"
+# Recorded executions that come with the project (data/outcomes/).
+OUTCOME_TABLES = ("humaneval-mapcoder", "mbpp-mapcoder", "mbpp-et-mapcoder", "xcodeeval-mapcoder")
+MOST_EXAMPLES = 64
+"""Few-shot examples travel with every request: more of them is a mistake, not a wish."""
 
 
 def _split(value: Any) -> Any:
@@ -51,6 +55,12 @@ def _distinct(value: list[str]) -> list[str]:
 
 def _files(value: list[str]) -> list[str]:
     return [str(Path(part).expanduser()) if part.startswith("~") else part for part in value]
+
+
+def _fallback(value: str | None) -> str | None:
+    if value is not None and value not in ("teacher", "heuristic", "abstain") and not value.lstrip().startswith("{"):
+        raise ValueError("must be teacher, heuristic, abstain or a decision as JSON")
+    return value
 
 
 Names = Annotated[list[str], BeforeValidator(_split), AfterValidator(_distinct)]
@@ -110,10 +120,68 @@ class LabelSettings(Section):
         "balanced", description="The teacher's leaning."
     )
     temperature: float = Field(0.1, ge=0, le=2, description="Sampling temperature of the teacher.")
+    examples: File | None = Field(
+        None,
+        description="File of solved tasks (label or task rows with a decision) to show the teacher before each task.",
+    )
+    shots: int | None = Field(
+        None,
+        ge=1,
+        le=MOST_EXAMPLES,
+        description="Show the teacher N solved tasks of the project's own training split, of all topologies alike.",
+    )
+    audit: bool = Field(
+        False, description="Ask again about a sample of the finished label file, to see how far the teacher agrees."
+    )
+    audit_sample: int = Field(100, ge=2, description="How many labels to ask again about, with --audit.")
     concurrency: int = Field(16, ge=1, le=1024, description="Requests in flight at once.")
     reask: int = Field(2, ge=0, le=10, description="How often an invalid answer is handed back.")
+    votes: int = Field(1, ge=1, le=32, description="Ask N times about each task and take what most answers say.")
+    tie: Literal["reject", "first"] = Field(
+        "reject", description="What a tie of the votes is: a recorded rejection, or the leader that was given first."
+    )
+    retry_rejected: bool = Field(False, description="Ask again about the rejected tasks, and about nothing else.")
+    confirm_above: float = Field(
+        1.0, ge=0, description="Estimated bill in US dollars above which to ask before paying."
+    )
+    yes: bool = Field(False, description="Pay without asking, whatever the estimate.")
+    dry_run: bool = Field(False, description="Print the estimate and stop: nothing is sent, nothing is written.")
+    price_in: float | None = Field(
+        None, ge=0, description="US dollars for a million prompt tokens (default: the price list's)."
+    )
+    price_out: float | None = Field(
+        None, ge=0, description="US dollars for a million answer tokens (default: the price list's)."
+    )
+    max_cost: float | None = Field(
+        None, ge=0, description="Hard cap in US dollars: no request is sent whose worst case would pass it."
+    )
+    rpm: float | None = Field(
+        None, gt=0, description="Requests a minute (default: as the endpoint's headers say, else found out)."
+    )
+    tpm: float | None = Field(None, gt=0, description="Tokens a minute (default: as the endpoint's headers say).")
+    batch: bool = Field(
+        False, description="Ask through the provider's Batch API: half the price, an answer within a day."
+    )
+    wait: bool = Field(
+        True, description="With --batch: wait for the answers. --no-wait collects what is there and ends."
+    )
+    batch_size: int = Field(50_000, ge=1, le=50_000, description="Requests in a batch, at most.")
+    batch_poll: float = Field(30.0, gt=0, description="Seconds between two looks at the batches.")
     limit: int | None = Field(None, ge=1, description="Label only the first N tasks.")
     skip_bad_lines: bool = Field(False, description="Record unreadable lines and go on.")
+    from_outcomes: File | None = Field(
+        None,
+        description="Label by recorded executions instead of a teacher: a file, or the name of a carried table.",
+        examples=list(OUTCOME_TABLES),
+    )
+    worker: str | None = Field(None, description="Label by the runs of this worker alone, with --from-outcomes.")
+    margin: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="How much less often than the best a cheaper topology may solve a task to be its label.",
+    )
+    pairs: File | None = Field(None, description="Preference pairs for DPO to write beside, with --from-outcomes.")
 
 
 class TrainSettings(Section):
@@ -177,7 +245,24 @@ class InferSettings(Section):
     output: File | None = Field(None, description="Predictions file to write (default: standard output).")
     backend: Literal["local", "remote", "heuristic"] = Field("local", description="What decides.")
     model: str | None = Field(None, description="Model name on the remote server.")
-    batch_size: int = Field(8, ge=1, description="Tasks decided at once.")
+    batch_size: int = Field(32, ge=1, description="Tasks decided at once.")
+    alternatives: int | None = Field(
+        None, ge=1, le=1000, description="Also give the N most likely decisions, each with its probability."
+    )
+    min_confidence: float | None = Field(
+        None, ge=0, le=1, description="Least probability of the likeliest topology; below it --fallback decides."
+    )
+    target_agreement: float | None = Field(
+        None, gt=0, le=1, description="Choose --min-confidence so that what the router decides agrees as often as this."
+    )
+    target_cost: float | None = Field(
+        None,
+        ge=0,
+        description="Choose --min-confidence so that the teacher costs so many US dollars a task on average.",
+    )
+    fallback: Annotated[Literal["teacher", "heuristic", "abstain"] | str | None, AfterValidator(_fallback)] = Field(
+        None, description="Who decides below --min-confidence: a name, or a decision as JSON."
+    )
     split: Literal["train", "validation", "test", "all"] = Field(
         "all", description="Which tasks, where the rows say their split."
     )
@@ -194,6 +279,17 @@ class EvalSettings(Section):
     data: Files = Field([], description="Label files to predict and judge against, with --adapter.")
     compare: Names = Field([], description="More predictions to judge beside: NAME=FILE, separated by commas.")
     probe: str | None = Field(None, description="Frozen base model for the linear-probe baseline.")
+    outcomes: File | None = Field(
+        None,
+        description="Recorded executions to judge decisions by: a file, or the name of a carried table.",
+        examples=list(OUTCOME_TABLES),
+    )
+    worker: str | None = Field(None, description="Judge by the runs of this worker alone, with --outcomes.")
+    unsolved_penalty: float | None = Field(
+        None,
+        ge=0,
+        description="US dollars that an unsolved task costs beside its runs, with --outcomes (default: no bill).",
+    )
     split: Literal["train", "validation", "test", "all"] = Field("test", description="Which rows to judge on.")
     output_dir: Folder = Field(Path("outputs/eval"), description="Folder for report.json and report.html.")
     resamples: int = Field(2000, ge=100, le=100_000, description="Bootstrap resamples for intervals.")
@@ -227,6 +323,11 @@ class Settings(Section):
     def origin(self, key: str) -> str:
         """Where the value of `section.field` comes from: an option, a variable, a file, or `default`."""
         return self._origins.get(key, "default")
+
+    def options(self, section: str) -> list[str]:
+        """The fields of a section that the command line gave."""
+        keys = [key for key, origin in self._origins.items() if origin.startswith("--")]
+        return [key.split(".")[1] for key in keys if key.split(".")[0] == section]
 
     def with_values(self, **values: Any) -> Settings:
         """A copy with other values, given as `train__lr=1e-4`; used where code, not a user, sets something."""

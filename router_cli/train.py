@@ -21,14 +21,16 @@ from typing import Any
 
 from router_cli import __version__, dataset, models, prompts
 from router_cli.backends import space_from
+from router_cli.backends.decoding import Decoder
 from router_cli.backends.device import best_device, fast_dtype
-from router_cli.backends.local import META, load, quiet
+from router_cli.backends.local import META, load, merged, quiet, serving_dtype
 from router_cli.checkpoints import Run
 from router_cli.errors import TrainingError, UsageError
 from router_cli.jsonl import replacing, write_json, writing
 from router_cli.models import file_sha256
 from router_cli.progress import SILENT, Progress
 from router_cli.schema import Example
+from router_cli.scoring.calibration import Calibration, fit
 from router_cli.settings import Settings
 from router_cli.space import DecisionSpace
 
@@ -137,7 +139,7 @@ def _fit(
         "validation_macro_f1": fitted.best_score,
         "best_epoch": fitted.best_epoch,
     }
-    _write(settings, space, data, base, run, fitted, tokenizer, metrics)
+    _write(settings, space, data, base, run, fitted, tokenizer, metrics, progress)
     run.clean()
     return _result(metrics, options.output_dir, base, already_done=False)
 
@@ -215,6 +217,7 @@ def _write(
     fitted: Any,
     tokenizer: Any,
     metrics: dict[str, Any],
+    progress: Progress,
 ) -> None:
     """Write the finished adapter's folder, the description last."""
     from router_cli.scoring.pictures import loss_picture
@@ -223,6 +226,7 @@ def _write(
     with writing(folder), quiet():
         fitted.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    calibration = _calibrated(settings, space, data.validation, base, fitted.model, tokenizer, progress)
     with replacing(folder / "loss.json") as file:
         json.dump(fitted.log, file, indent=1)
     with replacing(folder / "loss.svg") as file:
@@ -247,13 +251,60 @@ def _write(
         "settings": settings.train.model_dump(mode="json"),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")},
         "metrics": metrics,
-        # Probabilities are the model's own until a calibration is fitted on the validation split.
-        "calibration": None,
+        # None without validation rows: probabilities are then the model's own.
+        "calibration": None if calibration is None else calibration.model_dump(mode="json"),
         "fingerprint": run.fingerprint,
     }
     with replacing(folder / "README.md") as file:
         file.write(_card(meta))
     write_json(folder / META, meta)
+
+
+def _calibrated(
+    settings: Settings,
+    space: DecisionSpace,
+    validation: Sequence[Example],
+    base: models.BaseModel,
+    model: Any,
+    tokenizer: Any,
+    progress: Progress,
+) -> Calibration | None:
+    """The calibration on the validation tasks, measured as `infer` serves: the adapter merged, in the type it takes.
+
+    Merges the trained model, whose adapter is saved. None without validation tasks or the memory for it.
+    """
+    import numpy as np
+    import torch
+
+    if not validation or len(space.topologies) < 2:
+        return None
+    try:
+        plain = not getattr(model.get_base_model(), "is_quantized", False)
+        if plain and model.dtype == serving_dtype(settings):
+            served = model.merge_and_unload().eval()
+        else:  # trained in another type: probabilities differ between types
+            served = merged(load(base, settings)[0], settings.train.output_dir)
+        decoder = Decoder(served, tokenizer, space)
+        encoded = [decoder.prompt(example.text) for example in validation]
+        with progress.bar("calibrate", len(encoded)) as bar:
+            shares = decoder.distributions(encoded)
+            bar.advance(len(encoded))
+    except torch.OutOfMemoryError:
+        progress.warn("no calibration: there is no memory left to load the base as `router infer` does")
+        return None
+    names = space.topologies
+    gold = np.array([names.index(example.decision.topology) for example in validation])
+    found = fit(
+        np.array([[one[name] for name in names] for one in shares]),
+        gold,
+        names,
+        str(served.dtype).removeprefix("torch."),
+    )
+    progress.notice(
+        f"calibrated on {found.n} validation tasks: temperature {found.temperature:.2f}, ECE {found.ece_before:.3f} -> "
+        f"{found.ece_after:.3f} (a perfectly calibrated router shows {found.ece_floor:.3f})"
+    )
+    return found
 
 
 def _portable(base: models.BaseModel) -> str:

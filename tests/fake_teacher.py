@@ -1,12 +1,13 @@
 """A teacher for tests: a real HTTP server on the loopback interface, of the OpenAI chat-completions shape.
 
 It answers every task with a valid decision, unless told otherwise: `FakeTeacher(Reply(status=429), Reply("{}"))`
-serves those replies first, and `behave=` is a function from each call to a reply (None: the valid decision). The ledger
-`calls` keeps every request with what became of it.
+serves those replies first, and `behave=` is a function from each call to a reply (None: the valid decision); a `Storm`
+is such a function. `calls` keeps every request with what became of it, `ledger` what a provider would bill for.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import threading
@@ -14,6 +15,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -36,7 +39,14 @@ class Call:
     @property
     def task(self) -> str:
         """The text of the task asked about."""
-        return next(m["content"] for m in self.messages if m["role"] == "user").removeprefix("Task: ")
+        # Few-shot examples are asked before it, invalid answers are handed back after it.
+        asked = [m["content"] for m in self.messages if m["role"] == "user" and m["content"].startswith("Task: ")]
+        return asked[-1].removeprefix("Task: ")
+
+    @property
+    def turn(self) -> int:
+        """How many invalid answers to the task are handed back with it."""
+        return sum(m["role"] == "user" and m["content"].startswith("That decision is not") for m in self.messages)
 
     @property
     def roles(self) -> list[str]:
@@ -70,11 +80,106 @@ def decision(task: str, roles: list[str]) -> str:
     return json.dumps({**value, "manager_role": None, "entry_role": roles[0]})
 
 
-class FakeTeacher:
-    """The server, running between `with` and the block's end; `url` is its base URL."""
+@dataclass(frozen=True)
+class Billed:
+    """One answer that is charged for, in US dollars; `lost` where it never reached who asked."""
 
-    def __init__(self, *replies: Reply, behave: Callable[[Call], Reply | None] | None = None, delay: float = 0.0):
+    task: str
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float
+    lost: bool = False
+
+
+@dataclass
+class Storm:
+    """A `behave` that answers badly in every way, in these shares of the requests; the rest is valid.
+
+    Everything follows from the seed, the task and how often it was asked about, whatever their order. What
+    an answer says follows from the seed, the task and the turn alone: asked again after a kill, it says the same.
+    `hang` is for how many seconds a hung request is held (then the connection is dropped), `retry_after` what every
+    second 429 asks to wait, as a number or as a date.
+    """
+
+    seed: int = 0
+    busy: float = 0.30
+    down: float = 0.10
+    reset: float = 0.05
+    hung: float = 0.05
+    broken: float = 0.10
+    invalid: float = 0.05
+    cut: float = 0.02
+    hang: float = 30.0
+    retry_after: float = 0.02
+    _asked: Counter[str] = field(default_factory=Counter)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __call__(self, call: Call) -> Reply:
+        with self._lock:
+            self._asked[call.task] += 1
+            number = self._asked[call.task]
+        drawn = self._draw("request", call.task, number)
+        for kind in ("busy", "down", "reset", "hung", "cut"):
+            drawn -= getattr(self, kind)
+            if drawn < 0:
+                return getattr(self, f"_{kind}")(call, number)
+        usage = self._usage(call)
+        drawn = self._draw("answer", call.task, call.turn)
+        if drawn < self.broken:
+            return Reply('{"topology": "single", "roles": [', usage=usage)
+        if drawn < self.broken + self.invalid:
+            return Reply('{"topology": "ring", "roles": ["builder"]}', usage=usage)
+        return Reply(usage=usage)
+
+    def _draw(self, *parts: object) -> float:
+        return int.from_bytes(hashlib.sha256(repr((self.seed, *parts)).encode()).digest()[:6]) / 2**48
+
+    def _usage(self, call: Call) -> dict[str, int]:
+        prompt = sum(len(message["content"]) for message in call.messages) // 4
+        return {"prompt_tokens": prompt, "completion_tokens": 30 + int(30 * self._draw("length", call.task, call.turn))}
+
+    def _busy(self, call: Call, number: int) -> Reply:
+        headers = {}
+        if self._draw("told", call.task, number) < 0.5:
+            headers = {"retry-after-ms": f"{self.retry_after * 1000:g}"}
+            if number % 2:
+                headers = {"Retry-After": format_datetime(datetime.now(UTC), usegmt=True)}
+        return Reply(status=429, headers=headers)
+
+    def _down(self, call: Call, number: int) -> Reply:
+        return Reply(status=(500, 502, 503)[number % 3], body=b"<html>upstream is down</html>")
+
+    def _reset(self, call: Call, number: int) -> Reply:
+        return Reply(drop=True, usage=self._usage(call))
+
+    def _hung(self, call: Call, number: int) -> Reply:
+        return Reply(drop=True, delay=self.hang, usage=self._usage(call))
+
+    def _cut(self, call: Call, number: int) -> Reply:
+        limit = call.body.get("max_tokens", 1024)
+        return Reply(
+            '{"topology": "sin', finish_reason="length", usage={**self._usage(call), "completion_tokens": limit}
+        )
+
+
+class FakeTeacher:
+    """The server, running between `with` and the block's end; `url` is its base URL.
+
+    `prices` are US dollars for a million prompt and answer tokens (gpt-4o's). `bill_lost`: it charges for what
+    it dropped too: with False it charges for what it answered, with True as much as any provider could.
+    """
+
+    def __init__(
+        self,
+        *replies: Reply,
+        behave: Callable[[Call], Reply | None] | None = None,
+        delay: float = 0.0,
+        prices: tuple[float, float] = (2.5, 10.0),
+        bill_lost: bool = False,
+    ):
         self.calls: list[Call] = []
+        self.ledger: list[Billed] = []
+        self._prices, self._bill_lost = prices, bill_lost
         self._replies, self._behave, self._delay = list(replies), behave, delay
         self._lock, self._release = threading.Lock(), threading.Event()
         self._server = _Server(("127.0.0.1", 0), _handler(self))
@@ -96,6 +201,20 @@ class FakeTeacher:
         with self._lock:
             return Counter(call.task for call in self.calls if call.status == 200)
 
+    @property
+    def cost(self) -> float:
+        """The bill so far, in US dollars."""
+        with self._lock:
+            return sum(billed.cost for billed in self.ledger)
+
+    def _bill(self, call: Call, reply: Reply) -> None:
+        if reply.usage is None or (reply.drop and not self._bill_lost):
+            return
+        prompt, completion = reply.usage["prompt_tokens"], reply.usage["completion_tokens"]
+        cost = (prompt * self._prices[0] + completion * self._prices[1]) / 1e6
+        with self._lock:
+            self.ledger.append(Billed(call.task, prompt, completion, cost, reply.drop))
+
     def _take(self, path: str, headers: dict[str, str], body: dict[str, Any]) -> tuple[Call, Reply]:
         with self._lock:
             call = Call(len(self.calls), time.monotonic(), path, headers, body)
@@ -104,6 +223,8 @@ class FakeTeacher:
         if reply is None and self._behave is not None:
             reply = self._behave(call)
         reply = reply or Reply()
+        if reply.status == 200 and reply.error is None:
+            self._bill(call, reply)
         self._release.wait(self._delay + reply.delay)
         return call, reply
 

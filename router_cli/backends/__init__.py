@@ -8,7 +8,7 @@ from typing import Protocol
 
 from router_cli.errors import UsageError
 from router_cli.progress import SILENT, Progress
-from router_cli.schema import Decision
+from router_cli.schema import Alternative, Decision
 from router_cli.settings import Settings
 from router_cli.space import DecisionSpace
 
@@ -22,6 +22,8 @@ class Choice:
     milliseconds: float
     # What decided instead, where the backend itself had no valid answer.
     fallback: str | None = None
+    # The most likely decisions of all, where they were asked for.
+    alternatives: tuple[Alternative, ...] | None = None
 
     @property
     def probability(self) -> float | None:
@@ -49,6 +51,8 @@ def space_from(settings: Settings) -> DecisionSpace:
 def make_backend(settings: Settings, progress: Progress = SILENT) -> Backend:
     """The backend that `infer.backend` names, loaded and ready."""
     kind = settings.infer.backend
+    if settings.infer.alternatives and kind != "local":
+        raise UsageError(f"--alternatives needs --backend local: {kind} does not know how likely other decisions are")
     if kind == "heuristic":
         from router_cli.backends.heuristic import HeuristicBackend
 

@@ -8,13 +8,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from router_cli import models, prompts
 from router_cli.backends import Choice, space_from
-from router_cli.backends.decoding import Decoder
+from router_cli.backends.decoding import SEARCH_PASSES, Decoded, Decoder
 from router_cli.backends.device import ROWS_AT_ONCE, best_device, fast_dtype
 from router_cli.errors import InputError, ModelError
 from router_cli.jsonl import read_json
 from router_cli.progress import SILENT, Progress
+from router_cli.schema import Alternative
+from router_cli.scoring.calibration import Calibration
 from router_cli.settings import DecisionSettings, Settings
 from router_cli.space import DecisionSpace
 
@@ -40,20 +44,43 @@ class LocalBackend:
         self.model_name = str(adapter) if adapter else base.name
         self.model, self.tokenizer = load(base, settings)
         if adapter is not None:
-            self.model = _merged(self.model, adapter)
-        self._decoder = Decoder(self.model, self.tokenizer, self.space, settings.infer.batch_size)
+            self.model = merged(self.model, adapter)
+        calibration = calibration_of(meta)
+        self._alternatives, self._progress, self._said_inexact = settings.infer.alternatives or 0, progress, False
+        self._decoder = Decoder(
+            self.model,
+            self.tokenizer,
+            self.space,
+            settings.infer.batch_size,
+            calibrate=calibration.apply if calibration else dict,
+        )
 
     def decide(self, texts: Sequence[str]) -> list[Choice]:
         """A valid decision for each text, with its probabilities, in the order of the texts."""
         started = time.perf_counter()
-        found = self._decoder.decide([self._decoder.prompt(text) for text in texts])
+        found = self._decoder.decide([self._decoder.prompt(text) for text in texts], self._alternatives)
         each = (time.perf_counter() - started) * 1000 / max(1, len(texts))
-        return [Choice(c.decision, c.topologies, each) for c in found]
+        if not self._said_inexact and not all(one.exact for one in found):
+            self._said_inexact = True
+            self._progress.warn(
+                f"the search for alternatives ends after {SEARCH_PASSES} passes a task: some rows have fewer"
+            )
+        return [Choice(c.decision, c.topologies, each, alternatives=self._listed(c)) for c in found]
+
+    def _listed(self, found: Decoded) -> tuple[Alternative, ...] | None:
+        if not self._alternatives:
+            return None
+        return tuple(Alternative(decision=one, probability=min(1.0, share)) for one, share in found.alternatives)
 
 
 def space_of(meta: dict[str, Any]) -> DecisionSpace:
     """The decision space that an adapter was trained for."""
     return DecisionSpace(tuple(meta["roles"]), tuple(meta["topologies"]), meta["step_bound"])
+
+
+def calibration_of(meta: dict[str, Any]) -> Calibration | None:
+    """The calibration that `train` stored with an adapter (its `meta` as `read_meta` gives it); None without one."""
+    return None if meta.get("calibration") is None else Calibration.model_validate(meta["calibration"])
 
 
 def read_meta(adapter: Path) -> dict[str, Any]:
@@ -82,6 +109,16 @@ def read_meta(adapter: Path) -> dict[str, Any]:
         sound = False
     if not sound or not isinstance(base, dict) or not isinstance(base.get("folder_or_id"), str):
         raise ModelError(f"{adapter / META}: is damaged; train the adapter again")
+    try:
+        calibration = calibration_of(meta)
+        if calibration and not set(calibration.biases) <= set(meta["topologies"]):
+            raise ValueError("biases")
+    except ValueError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"])) if isinstance(error, ValidationError) else str(error)
+        raise ModelError(
+            f"{adapter / META}: its calibration is damaged ({where or 'no object'}); train the adapter again, or set "
+            "calibration to null to serve uncalibrated"
+        ) from None
     if meta["prompt_version"] != prompts.PROMPT_VERSION:
         raise ModelError(
             f"{adapter}: was trained with prompt version {meta['prompt_version']}, this program asks with "
@@ -95,12 +132,10 @@ def load(base: models.BaseModel, settings: Settings, **options: Any) -> tuple[An
 
     Raises ModelError where the folder's files cannot be loaded.
     """
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = best_device()
-    wanted = settings.models.dtype
-    dtype = options.pop("dtype", None) or getattr(torch, fast_dtype(device) if wanted == "auto" else wanted)
+    dtype = options.pop("dtype", None) or serving_dtype(settings)
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(base.folder)
@@ -117,7 +152,16 @@ def load(base: models.BaseModel, settings: Settings, **options: Any) -> tuple[An
     return model.eval(), tokenizer
 
 
-def _merged(model: Any, adapter: Path) -> Any:
+def serving_dtype(settings: Settings) -> Any:
+    """The torch type that models are served in here: `models.dtype`, or what this machine is fast in."""
+    import torch
+
+    wanted = settings.models.dtype
+    return getattr(torch, fast_dtype(best_device()) if wanted == "auto" else wanted)
+
+
+def merged(model: Any, adapter: Path) -> Any:
+    """The base `model` with the adapter in its weights. Raises ModelError where the adapter does not load."""
     from peft import PeftModel
 
     try:

@@ -62,6 +62,7 @@ class DecisionTree:
     def __init__(self, space: DecisionSpace, tokenizer: prompts.Tokenizer) -> None:
         self.space, self._tokenizer = space, tokenizer
         self._settled: dict[Partial, tuple[int, ...]] = {}
+        self._nodes: dict[tuple[int, tuple[Partial, ...]], Node] = {}
 
     @cached_property
     def root(self) -> Node:
@@ -70,7 +71,11 @@ class DecisionTree:
 
     def child(self, node: Node, token: int) -> Node:
         """The node that `token`, one of `node.groups`, leads to."""
-        return self._node(node.groups[token], node.depth, (token,))
+        # Rows meet in the same few nodes: tokenising their answers once a row would take longer than small models do.
+        place = (node.depth, node.groups[token])
+        if place not in self._nodes:
+            self._nodes[place] = self._node(node.groups[token], node.depth, (token,))
+        return self._nodes[place]
 
     def _node(self, partials: tuple[Partial, ...], depth: int, run: tuple[int, ...]) -> Node:
         tokens = list(run)

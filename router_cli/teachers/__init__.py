@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from router_cli.costs import Budget, Prices
+from router_cli.examples import choose
 from router_cli.progress import SILENT, Progress
 from router_cli.prompts import Strategy
 from router_cli.schema import Decision, Task, Usage
@@ -45,15 +47,54 @@ class Teacher(Protocol):
 
     name: str
     model: str
+    # What was spent, is held by requests in flight, and may be spent at most.
+    budget: Budget
+    prices: Prices
+    # Requests sent, and those of them that a rate limit turned away.
+    requests: int
+    wasted: int
 
-    async def ask(self, task: Task, space: DecisionSpace, strategy: Strategy) -> Answer:
-        """Decide one task. Raises TeacherError where the endpoint refuses for good: no other task will fare better."""
+    @property
+    def tokenizer(self) -> str:
+        """What `expected` counts tokens with."""
+
+    @property
+    def count_error(self) -> float | None:
+        """By which share it counted too many in the answers so far (too few is negative); None before the first."""
+
+    async def ask(self, task: Task, space: DecisionSpace, strategy: Strategy, sample: int = 0) -> Answer:
+        """Decide one task; `sample` numbers the votes on it.
+
+        Raises TeacherError where the endpoint refuses for good (no other task will fare better), and its BudgetReached
+        where one more request could pass `label.max_cost`.
+        """
+
+    def expected(self, task: Task, space: DecisionSpace, strategy: Strategy) -> Usage:
+        """What one `ask` will use, without asking: tokens, requests, cost (None: unknown), as answers went so far."""
 
     async def close(self) -> None:
         """Let go of connections."""
 
 
-class HeuristicTeacher:
+class OfflineTeacher:
+    """What all teachers without an endpoint have in common: they cost nothing."""
+
+    tokenizer = "none"
+    count_error: float | None = None
+    requests = wasted = 0
+
+    def __init__(self) -> None:
+        self.budget, self.prices = Budget(), Prices(0.0, 0.0)
+
+    def expected(self, task: Task, space: DecisionSpace, strategy: Strategy) -> Usage:
+        """Nothing."""
+        return FREE
+
+    async def close(self) -> None:
+        """Nothing to let go of."""
+
+
+class HeuristicTeacher(OfflineTeacher):
     """The offline rules as a teacher. They know no leaning: `strategy` changes nothing."""
 
     name = model = "heuristic"
@@ -61,31 +102,35 @@ class HeuristicTeacher:
     def __init__(self) -> None:
         from router_cli.teachers.heuristic import decide
 
+        super().__init__()
         self._decide = decide
 
-    async def ask(self, task: Task, space: DecisionSpace, strategy: Strategy) -> Answer:
+    async def ask(self, task: Task, space: DecisionSpace, strategy: Strategy, sample: int = 0) -> Answer:
         """Decide by the rules."""
         decision, reason = self._decide(task.text, space)
         return Answer(decision, self.model, reason=reason)
-
-    async def close(self) -> None:
-        """Nothing to let go of."""
 
 
 def make_teacher(settings: Settings, progress: Progress = SILENT) -> Teacher:
     """The teacher of `label.teacher`; nothing is sent yet.
 
-    Raises CredentialsError where the endpoint needs a key and there is none.
+    Raises CredentialsError where the endpoint needs a key and there is none, InputError and SettingsError for few-shot
+    examples that cannot be shown.
     """
+    examples = choose(settings)
     if settings.label.teacher == "heuristic":
         return HeuristicTeacher()
     if settings.label.teacher == "recorded":
         from router_cli.teachers.recorded import RecordedTeacher
 
         return RecordedTeacher()
+    if settings.label.batch:
+        from router_cli.teachers.batch import BatchTeacher
+
+        return BatchTeacher(settings, progress, examples=examples)
     from router_cli.teachers.openai import OpenAITeacher
 
-    return OpenAITeacher(settings, progress)
+    return OpenAITeacher(settings, progress, examples=examples)
 
 
 def total(first: Usage, second: Usage) -> Usage:

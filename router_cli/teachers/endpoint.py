@@ -30,7 +30,10 @@ Meaning = Literal["key", "forbidden", "quota", "model", "busy", "transient", "ta
 
 @dataclass(frozen=True)
 class Fault:
-    """One failed request: the endpoint's words, and what it said in machine terms. `status` None is no response."""
+    """One failed request: the endpoint's words, and what it said in machine terms. `status` None is no response.
+
+    `lost` is whether an answer may have been made, and charged, that never came here.
+    """
 
     words: str
     status: int | None = None
@@ -38,6 +41,7 @@ class Fault:
     param: str = ""
     wait: float | None = None
     unreachable: bool = False
+    lost: bool = False
 
     @property
     def meaning(self) -> Meaning:

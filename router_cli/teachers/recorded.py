@@ -7,15 +7,15 @@ import json
 from router_cli.prompts import Strategy
 from router_cli.schema import Task
 from router_cli.space import DecisionSpace, Violation
-from router_cli.teachers import Answer
+from router_cli.teachers import Answer, OfflineTeacher
 
 
-class RecordedTeacher:
+class RecordedTeacher(OfflineTeacher):
     """Reads `Task.decision` under the roles, topologies and step bound in force; whatever breaks them is rejected."""
 
     name = model = "recorded"
 
-    async def ask(self, task: Task, space: DecisionSpace, strategy: Strategy) -> Answer:
+    async def ask(self, task: Task, space: DecisionSpace, strategy: Strategy, sample: int = 0) -> Answer:
         """The row's own decision, made canonical; `strategy` changes nothing."""
         if task.decision is None:
             missing = Violation("no_recorded_decision", "the task's row brings no decision along")
@@ -28,6 +28,3 @@ class RecordedTeacher:
             normalised=resolved.normalised,
             raw=json.dumps(task.decision, ensure_ascii=False),
         )
-
-    async def close(self) -> None:
-        """Nothing to let go of."""

@@ -17,13 +17,13 @@ LAYERS = {
     1: "errors schema progress",
     2: "jsonl space costs settings scoring.metrics",
     3: "prompts tasks",
-    4: "dataset splits teachers backends scoring models machine checkpoints frozen",
-    5: "label train trainer watch infer evaluate doctor",
-    6: "quickstart judging summaries console options cli api __main__",
+    4: "dataset splits examples labelling teachers teams backends scoring models machine checkpoints frozen fallback",
+    5: "label train trainer watch infer evaluate replay from_outcomes doctor",
+    6: "quickstart judging audit summaries console options cli api __main__",
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split()}
-VERBS = ("label", "train", "trainer", "infer", "evaluate", "doctor")
-COMPOSERS = ("quickstart", "judging", "summaries", "cli", "api")
+VERBS = ("label", "train", "trainer", "infer", "evaluate", "replay", "from_outcomes", "doctor")
+COMPOSERS = ("quickstart", "judging", "audit", "summaries", "cli", "api")
 
 # Packages that only some modules may import, and only inside functions.
 ALLOWED = {
@@ -31,7 +31,7 @@ ALLOWED = {
     "bitsandbytes": ("train", "trainer"),
     "transformers": ("backends.*", "models", "frozen", "train", "trainer", "watch"),
     "peft": ("backends.*", "train", "trainer", "watch"),
-    "openai": ("teachers.openai", "doctor"),
+    "openai": ("teachers.connection", "teachers.batch", "doctor"),
     "matplotlib": ("scoring.pictures",),
     "genai_prices": ("costs",),
     "typer": ("cli", "options"),

@@ -191,9 +191,9 @@ def test_a_final_refusal_keeps_what_is_paid_for(tmp_path: Path) -> None:
 
 
 def test_answers_on_their_way_at_a_final_refusal_are_kept(tmp_path: Path) -> None:
-    quota = Reply(status=429, error={"message": "quota", "code": "insufficient_quota"})
+    quota = Reply(status=429, error={"message": "quota", "code": "insufficient_quota"}, delay=0.2)
     data = some_tasks(tmp_path)
-    with FakeTeacher(behave=lambda call: quota if call.task == "Write part 0." else Reply(delay=0.3)) as server:
+    with FakeTeacher(behave=lambda call: quota if call.task == "Write part 0." else Reply(delay=0.8)) as server:
         with pytest.raises(TeacherError):
             label(settings(data, server.url))
         paid = len(server.answered())
@@ -253,7 +253,9 @@ def test_a_damaged_journal_costs_only_the_damaged_rows(
     with FakeTeacher() as server:
         first = label(settings(data, server.url))
         journal = tmp_path / "labels.jsonl.journal.jsonl"
-        journal.write_bytes(b"".join(harm(journal.read_bytes().splitlines(keepends=True))))
+        lines = journal.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if b'"messages"' in line]
+        journal.write_bytes(b"".join([line for line in lines if line not in kept] + harm(kept)))
         second = label(settings(data, server.url))
     assert len(server.calls) == 3 + asked and ids(second) == ["t0", "t1", "t2"]
     assert second.labelled == asked and first.output == second.output
@@ -292,7 +294,7 @@ def test_bad_lines_stop_before_anything_is_paid_or_are_recorded(tmp_path: Path) 
         result = label(settings(data, server.url, label__skip_bad_lines=True))
     assert (result.labelled, result.skipped, result.complete) == (2, 1, False)
     [bad] = rows(tmp_path / "labels.jsonl.bad-lines.jsonl")
-    assert bad["line"] == 3 and '{"broken' in bad["text"] and bad["reason"]
+    assert (bad["file"], bad["line"]) == (str(data), 3) and '{"broken' in bad["text"] and bad["reason"]
 
 
 def test_limit_labels_the_first_tasks_only(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from collections import Counter
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
@@ -18,7 +19,7 @@ from router_cli.space import DecisionSpace
 from router_cli.teachers import Answer, make_teacher, total
 from router_cli.teachers.endpoint import fault, is_local, retry_after, shown
 from router_cli.teachers.openai import OpenAITeacher
-from tests.fake_teacher import Call, FakeTeacher, Reply
+from tests.fake_teacher import Call, FakeTeacher, Reply, Storm
 
 SPACE = DecisionSpace(("planner", "builder", "tester", "refractor"))
 SINGLE = '{"topology":"single","roles":["builder"],"manager_role":null,"entry_role":"builder","max_steps":1}'
@@ -204,6 +205,42 @@ def test_refused_temperature_and_max_tokens_are_adapted_once(param: bool) -> Non
     assert len(said.said) == 2
 
 
+def test_votes_after_the_first_bring_a_seed_of_their_own_where_the_endpoint_takes_one() -> None:
+    async def run(url: str) -> None:
+        teacher = OpenAITeacher(settings(url), backoff=0.002)
+        try:
+            for sample in range(3):
+                await teacher.ask(Task(id="a", text="a"), SPACE, "balanced", sample)
+        finally:
+            await teacher.close()
+
+    with FakeTeacher() as server:
+        asyncio.run(run(server.url))
+    assert [call.body.get("seed") for call in server.calls] == [None, 1, 2]
+    with FakeTeacher(behave=refusing("seed")) as server:
+        asyncio.run(run(server.url))
+    assert [call.body.get("seed") for call in server.calls] == [None, 1, None, None]
+
+
+def test_who_waits_for_the_turn_sends_what_others_learnt_meanwhile() -> None:
+    """At 600 requests a minute tasks queue up; only those that left before the refusal came are refused."""
+
+    async def run(url: str) -> list[Answer]:
+        teacher = OpenAITeacher(settings(url, label__rpm=600), backoff=0.002)
+        tasks = [Task(id=str(i), text=f"task {i}") for i in range(16)]
+        try:
+            await teacher.ask(Task(id="first", text="first"), SPACE, "balanced")
+            return await asyncio.gather(*[teacher.ask(task, SPACE, "balanced") for task in tasks])
+        finally:
+            await teacher.close()
+
+    refuse = refusing("max_tokens")
+    with FakeTeacher(behave=lambda call: refuse(call) if call.number else None) as server:
+        answers = asyncio.run(run(server.url))
+    assert all(answer.decision for answer in answers)
+    assert sum("max_tokens" in call.body for call in server.calls[1:]) <= 12
+
+
 def test_parameters_are_adapted_once_for_all_that_are_in_flight() -> None:
     said = Notices()
 
@@ -218,7 +255,8 @@ def test_parameters_are_adapted_once_for_all_that_are_in_flight() -> None:
     with FakeTeacher(behave=refusing("response_format=json_schema"), delay=0.05) as server:
         answers = asyncio.run(run(server.url))
     assert all(answer.decision for answer in answers) and len(said.said) == 1
-    assert {call.body["response_format"]["type"] for call in server.calls[8:]} == {"json_object"}
+    kinds = Counter((call.task, call.body["response_format"]["type"]) for call in server.calls)
+    assert kinds.total() <= 16 and set(kinds.values()) == {1}
 
 
 def test_missing_usage_leaves_the_cost_unknown_and_is_said_once() -> None:
@@ -366,12 +404,65 @@ def test_final_refusals_stop_at_once_with_one_line_without_the_key(reply: Reply,
     assert len(server.calls) == 1 and "\n" not in str(caught.value) and "0123456789" not in str(caught.value)
 
 
+def test_a_broken_connection_is_no_time_out_and_may_have_been_charged() -> None:
+    async def run(url: str) -> tuple[Answer, OpenAITeacher]:
+        teacher = OpenAITeacher(settings(url, endpoint__retries=0), backoff=0.002)
+        try:
+            return await teacher.ask(Task(id="a", text="a"), SPACE, "balanced"), teacher
+        finally:
+            await teacher.close()
+
+    with FakeTeacher(Reply(drop=True)) as server:
+        answer, teacher = asyncio.run(run(server.url))
+    assert not answer.final and "the connection broke" in answer.violations[0].text
+    assert answer.usage.cost_usd == 0.0 and teacher.budget.uncertain == teacher.budget.spent > 1024 * 1e-5
+
+
+def test_user_and_password_of_the_url_are_sent_as_such() -> None:
+    with FakeTeacher() as server:
+        settled = settings(server.url.replace("://", "://me:s%40cret@"))
+
+        async def run() -> None:
+            teacher = OpenAITeacher(settled)
+            try:
+                await teacher.ask(Task(id="a", text="a"), SPACE, "balanced")
+            finally:
+                await teacher.close()
+
+        asyncio.run(run())
+    assert server.calls[0].headers["authorization"] == "Basic bWU6c0BjcmV0"
+
+
+def test_through_a_storm_every_task_ends_and_the_bill_is_the_servers() -> None:
+    async def run(url: str) -> tuple[list[Answer], OpenAITeacher]:
+        teacher = OpenAITeacher(settings(url, endpoint__timeout=5.0, endpoint__retries=20), backoff=0.002)
+        tasks = [Task(id=str(i), text=f"task {i}") for i in range(60)]
+        try:
+            return await asyncio.gather(*[teacher.ask(task, SPACE, "balanced") for task in tasks]), teacher
+        finally:
+            await teacher.close()
+
+    with FakeTeacher(behave=Storm(seed=5, hang=0.05)) as server:
+        answers, teacher = asyncio.run(run(server.url))
+    assert all(answer.final and (answer.decision or answer.violations) for answer in answers)
+    assert sum(answer.usage.cost_usd or 0.0 for answer in answers) == pytest.approx(server.cost, abs=1e-9)
+    assert teacher.budget.spent - teacher.budget.uncertain == pytest.approx(server.cost, abs=1e-9)
+    assert teacher.requests == len(server.calls) and teacher.wasted == sum(call.status == 429 for call in server.calls)
+
+
 def test_connection_refused_is_final_after_the_retries() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://user:secret@127.0.0.1:{free.getsockname()[1]}/v1"
-    teacher = OpenAITeacher(settings(url, endpoint__retries=2), backoff=0.002)
+
+    async def run() -> None:
+        teacher = OpenAITeacher(settings(url, endpoint__retries=2), backoff=0.002)
+        try:
+            await teacher.ask(Task(id="a", text="a"), SPACE, "balanced")
+        finally:
+            await teacher.close()
+
     with pytest.raises(TeacherError, match="cannot be reached") as caught:
-        asyncio.run(teacher.ask(Task(id="a", text="a"), SPACE, "balanced"))
+        asyncio.run(run())
     assert "secret" not in str(caught.value)
 
 

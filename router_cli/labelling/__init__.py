@@ -1,0 +1,1 @@
+"""What `label` is made of: the worklist, its journal and file, votes, the estimate, and the provider's batches."""

@@ -1,0 +1,71 @@
+"""What an endpoint takes of a request's parameters: found out as it refuses or ignores them, said once, remembered.
+
+Nothing is asked in advance: a refused request costs nothing, a probe would cost every run a round trip.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from router_cli.progress import Progress
+from router_cli.space import DecisionSpace
+
+FORMATS = ("json_schema", "json_object", "plain")
+LIMITS = ("max_tokens", "max_completion_tokens", "no limit")
+# A decision takes 40 tokens; the rest is for models that think aloud. Raised once answers are cut.
+ANSWER_TOKENS, MOST_TOKENS = 1024, 16_384
+
+
+class Dialect:
+    """The parameters for one endpoint and model. `extra` are fields of the body beside the usual ones."""
+
+    def __init__(self, url: str, temperature: float, extra: dict[str, Any], progress: Progress) -> None:
+        self._url, self._progress = url, progress
+        self._wanted = {**extra, "temperature": temperature}
+        self._step = {"response_format": 0, "limit": 0}
+        self._dropped: set[str] = set()
+        self._tokens = ANSWER_TOKENS
+
+    def parameters(self, space: DecisionSpace, sample: int = 0) -> dict[str, Any]:
+        """What a request's body has beside model and messages; a `sample` above 0 is sent as the seed."""
+        wanted = {**self._wanted, "seed": sample} if sample else self._wanted
+        sent = {name: value for name, value in wanted.items() if name not in self._dropped}
+        if (limit := LIMITS[self._step["limit"]]) != "no limit":
+            sent[limit] = self._tokens
+        kind = FORMATS[self._step["response_format"]]
+        if kind == "json_schema":
+            schema = {"name": "decision", "strict": True, "schema": space.json_schema()}
+            sent["response_format"] = {"type": kind, "json_schema": schema}
+        elif kind == "json_object":
+            sent["response_format"] = {"type": kind}
+        return sent
+
+    def adapt(self, blamed: str, sent: dict[str, Any], verb: str, words: str = "") -> None:
+        """Leave off what the endpoint does not take, once: other requests sent before may come back with the same."""
+        said = f" ({words})" if words else ""
+        if blamed not in ("response_format", *LIMITS):
+            # logprobs and top_logprobs go together.
+            gone = {name for name in sent if name == blamed or {name, blamed} <= {"logprobs", "top_logprobs"}}
+            if not gone <= self._dropped:
+                self._dropped |= gone
+                article = "a " if blamed in ("temperature", "seed") else ""
+                self._progress.notice(f"{self._url} refuses {article}{blamed}{said}: asking without from here on")
+            return
+        step, ladder = ("response_format", FORMATS) if blamed == "response_format" else ("limit", LIMITS)
+        had = sent["response_format"]["type"] if blamed == "response_format" else blamed
+        if ladder[self._step[step]] == had:
+            self._step[step] += 1
+            new = ladder[self._step[step]]
+            self._progress.notice(f"{self._url} {verb} {had}{said}: asking with {new} from here on")
+
+    def allow_more(self, sent: dict[str, Any]) -> None:
+        """An answer was cut at the limit that was sent: raise it."""
+        limit = answer_limit(sent)
+        if limit == self._tokens and self._tokens < MOST_TOKENS:
+            self._tokens *= 4
+            self._progress.notice(f"an answer was cut at {limit} tokens: allowing {self._tokens} from here on")
+
+
+def answer_limit(sent: dict[str, Any]) -> int | None:
+    """How many tokens an answer to these parameters has at most; None is no limit."""
+    return next((sent[name] for name in LIMITS if name in sent), None)

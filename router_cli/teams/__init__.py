@@ -1,0 +1,1 @@
+"""Running a decision: the sandbox that generated code is judged in."""
