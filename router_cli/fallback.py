@@ -131,6 +131,9 @@ def check(settings: Settings) -> bool:
         raise UsageError(
             "--fallback needs --min-confidence, --target-agreement or --target-cost: when is it to decide?"
         )
+    paying = [f"--{name.replace('_', '-')}" for name in settings.options("label")]
+    if paying and wanted.fallback != "teacher":
+        raise UsageError(f"{paying[0]} needs --fallback teacher: nobody else is paid")
     if wanted.target_cost is not None and wanted.fallback != "teacher":
         raise UsageError("--target-cost needs --fallback teacher: nobody else costs anything")
     if given and wanted.min_confidence is None and (wanted.backend != "local" or wanted.adapter is None):
@@ -168,10 +171,9 @@ def make_fallback(
         estimator = Estimator(settings, teacher, space)
         for task in todo():
             estimator.look(task, 1, ())
-        share = _share_below(threshold, calibration)
-        if share == 1.0:
-            progress.notice("how many tasks will fall back is not known: at most")
-        most = estimator.made()
+        share, most = _share_below(threshold, calibration), estimator.made()
+        if calibration is None and not most.free:
+            progress.notice("how many tasks fall back cannot be foreseen; if all of them did:")
         estimate = replace(
             most,
             questions=round(most.questions * share),

@@ -276,7 +276,7 @@ def _calibrated(
     import numpy as np
     import torch
 
-    if not validation or len(space.topologies) < 2:
+    if not validation or min(len(space.topologies), len(space.roles)) < 2:  # one role alone cannot form a team
         return None
     try:
         plain = not getattr(model.get_base_model(), "is_quantized", False)

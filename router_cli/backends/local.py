@@ -46,6 +46,11 @@ class LocalBackend:
         if adapter is not None:
             self.model = merged(self.model, adapter)
         calibration = calibration_of(meta)
+        measured, type_here = calibration.dtype if calibration else None, str(self.model.dtype).removeprefix("torch.")
+        if settings.infer.fallback is not None and measured not in (None, type_here):
+            progress.warn(
+                f"calibrated in {measured}, but computed in {type_here}: --dtype {measured} is as it was measured"
+            )
         self._alternatives, self._progress, self._said_inexact = settings.infer.alternatives or 0, progress, False
         self._decoder = Decoder(
             self.model,

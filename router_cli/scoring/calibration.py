@@ -57,7 +57,7 @@ class Calibration(Record):
     ece_before: float = Field(ge=0, le=1)
     ece_after: float = Field(ge=0, le=1)
     ece_floor: float = Field(ge=0, le=1)
-    curve: tuple[Point, ...] = ()
+    curve: tuple[Point, ...] = Field(min_length=1)
 
     def apply(self, shares: Mapping[str, float]) -> dict[str, float]:
         """The calibrated distribution of a distribution over topologies; sums to 1, in the same order."""

@@ -5,6 +5,7 @@ Nothing is asked in advance: a refused request costs nothing, a probe would cost
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from router_cli.progress import Progress
@@ -32,12 +33,8 @@ class Dialect:
         sent = {name: value for name, value in wanted.items() if name not in self._dropped}
         if (limit := LIMITS[self._step["limit"]]) != "no limit":
             sent[limit] = self._tokens
-        kind = FORMATS[self._step["response_format"]]
-        if kind == "json_schema":
-            schema = {"name": "decision", "strict": True, "schema": space.json_schema()}
-            sent["response_format"] = {"type": kind, "json_schema": schema}
-        elif kind == "json_object":
-            sent["response_format"] = {"type": kind}
+        if (shape := _response_format(FORMATS[self._step["response_format"]], space)) is not None:
+            sent["response_format"] = shape
         return sent
 
     def adapt(self, blamed: str, sent: dict[str, Any], verb: str, words: str = "") -> None:
@@ -64,6 +61,13 @@ class Dialect:
         if limit == self._tokens and self._tokens < MOST_TOKENS:
             self._tokens *= 4
             self._progress.notice(f"an answer was cut at {limit} tokens: allowing {self._tokens} from here on")
+
+
+@cache  # every request asks several times, and the schema is most of its body
+def _response_format(kind: str, space: DecisionSpace) -> dict[str, Any] | None:
+    if kind == "json_schema":
+        return {"type": kind, "json_schema": {"name": "decision", "strict": True, "schema": space.json_schema()}}
+    return {"type": kind} if kind == "json_object" else None
 
 
 def answer_limit(sent: dict[str, Any]) -> int | None:

@@ -74,6 +74,7 @@ class OpenAITeacher:
                 "give --price-in and --price-out, in US dollars for a million tokens"
             )
         self._models = {self.model}  # that answered: an alias may stand for a dearer one
+        self._shape: tuple[Any, str] = ("", '""')  # the last response_format, and its text
         self._over = 1.0  # how far the endpoint counted above `at_most`
         self._meter = Meter(self.model)
         self._pace, self._gate = Pace(wanted.rpm, wanted.tpm), asyncio.Lock()
@@ -236,7 +237,10 @@ class OpenAITeacher:
 
     def _bytes(self, messages: list[dict[str, str]], sent: dict[str, Any]) -> int:
         # Some endpoints write the schema into the prompt.
-        return at_most([*(message["content"] for message in messages), json.dumps(sent.get("response_format", ""))])
+        shape = sent.get("response_format", "")
+        if shape is not self._shape[0]:
+            self._shape = shape, json.dumps(shape)
+        return at_most([*(message["content"] for message in messages), self._shape[1]])
 
     async def _turn(self, messages: list[dict[str, str]]) -> Ticket:
         """Wait until the next request may go; first come, first served. Raises once some worker met a final refusal."""

@@ -16,8 +16,8 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# Until the first response, requests leave a millisecond apart: the first refusals stop the rest of the burst.
-RAMP = 0.001
+# Until the first response, requests leave half a millisecond apart: the first refusals stop the rest of the burst.
+RAMP = 0.0005
 # A measured rate is tried with GAIN, more carefully where a refusal makes everybody pause. It grows, by so many e-folds
 # a second, once so many requests met no refusal; a rate that is no more than a guess grows sooner and faster.
 GAIN, CAREFUL, PATIENCE, GROWTH = 1.03, 1.01, 100, 0.2

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from router_cli import prompts, tasks, trainer
@@ -21,6 +22,7 @@ from router_cli.errors import InputError, ModelError, TrainingError, UsageError
 from router_cli.label import label
 from router_cli.models import resolve
 from router_cli.schema import Decision
+from router_cli.scoring.calibration import Calibration, fit
 from router_cli.settings import Settings, load
 from router_cli.train import TrainResult, _encode, _load, _space, train
 from tests.tiny import STYLES, Style
@@ -99,6 +101,39 @@ def test_the_description_says_how_it_was_made(trained: Trained) -> None:
     assert set(meta["versions"]) == {"torch", "transformers", "peft", "trl"} and all(meta["versions"].values())
     assert meta["metrics"]["steps"] == 24 and meta["metrics"]["train_examples"] == 16
     assert meta["metrics"]["validation_macro_f1"] == trained.result.validation_macro_f1
+
+
+def test_the_calibration_is_measured_as_the_adapter_serves(trained: Trained, tmp_path: Path, tiny_folder: Tiny) -> None:
+    other = tmp_path / "bf16"  # trained in another type than it is served in, where the machine has it
+    train(train_settings(trained.labels, tiny_folder("qwen3"), other, epochs=2, bf16=True))
+    for folder in (trained.folder, other):
+        file = folder / META
+        meta = json.loads(file.read_text())
+        held_out = [example for example in label_rows() if example["split"] == "validation"]
+        without = shutil.copytree(folder, tmp_path / f"{folder.name} uncalibrated")
+        (without / META).write_text(json.dumps({**meta, "calibration": None}))
+        served, own = (
+            LocalBackend(
+                load({"infer.adapter": ("test", str(one)), "models.dtype": ("test", "float32")}, environ={})
+            ).decide([example["task"] for example in held_out])
+            for one in (folder, without)
+        )
+        names = meta["topologies"]
+        shares = [[one.topologies[name] for name in names] for one in own if one.topologies]
+        gold = [names.index(example["decision"]["topology"]) for example in held_out]
+        again = fit(np.array(shares), np.array(gold), tuple(names), "float32")
+        stored = Calibration.model_validate(meta["calibration"])
+        assert (stored.n, stored.dtype, stored.biases) == (4, "float32", {})
+        assert stored.temperature == pytest.approx(again.temperature, rel=1e-3)
+        assert stored.ece_before == pytest.approx(again.ece_before, abs=2e-3)
+        assert served[0].topologies == pytest.approx(stored.apply(own[0].topologies or {}), abs=1e-5)
+    assert any(line.startswith("calibrated on 4 validation tasks") for line in trained.said.notices)
+
+
+def test_without_validation_tasks_nothing_is_calibrated(trained: Trained, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "labels.jsonl", label_rows(8, 0))
+    train(train_settings(data, trained.base, tmp_path / "adapter", validation_share=0))
+    assert json.loads((tmp_path / "adapter" / META).read_text())["calibration"] is None
 
 
 def test_the_best_epoch_is_the_one_kept(trained: Trained) -> None:
