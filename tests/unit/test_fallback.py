@@ -293,6 +293,15 @@ def test_without_a_calibration_there_is_a_warning_or_no_curve(plain: Path, tmp_p
     assert said.warnings == []
 
 
+def test_another_number_type_than_the_calibrations_is_warned_about(plain: Path, tmp_path: Path) -> None:
+    folder, said = with_calibration(plain, tmp_path / "bf16", calibrated(dtype="bfloat16")), Recorder()
+    data = tasks_file(tmp_path, 1)
+    run(folder, data, said, min_confidence=0.5, fallback="abstain")
+    assert [line for line in said.warnings if "calibrated in bfloat16, but computed in float32" in line]
+    run(folder, data, said := Recorder())
+    assert said.warnings == []
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
