@@ -84,7 +84,7 @@ def test_ctrl_c_in_training_continues_to_the_same_number_of_steps(model: Path, t
     done = run(folder, model, "--json")
     assert done.returncode == 0, done.stderr
     assert "continuing from step" in done.stderr
-    assert json.loads(done.stdout)["training"]["steps"] == 117
+    assert json.loads(done.stdout)["training"]["steps"] == 234
 
 
 def test_the_rules_can_teach_while_the_rubric_judges(model: Path, tmp_path: Path) -> None:
