@@ -17,7 +17,8 @@ from router_cli.errors import InputError
 from router_cli.jsonl import write_rows
 from router_cli.replay import replay, write_tasks
 from router_cli.scoring.worth_results import Replayed
-from router_cli.settings import OUTCOME_TABLES, load
+from router_cli.sections import OUTCOME_TABLES
+from router_cli.settings import load
 from router_cli.space import DecisionSpace
 from router_cli.tasks import read_tasks
 from router_cli.teachers.heuristic import decide

@@ -17,7 +17,8 @@ from router_cli import prompts, splits, tasks
 from router_cli.errors import InputError, TrainingError
 from router_cli.jsonl import BadLine, refuse
 from router_cli.schema import Example, Task
-from router_cli.settings import DecisionSettings, Settings
+from router_cli.sections import DecisionSettings
+from router_cli.settings import Settings
 from router_cli.space import DecisionSpace, Resolved
 
 IMBALANCE = 0.8

@@ -22,7 +22,8 @@ from router_cli.errors import ModelError, RouterError, SettingsError
 from router_cli.machine import Finding
 from router_cli.progress import SILENT, Progress
 from router_cli.schema import Task
-from router_cli.settings import SMALL_MODEL, Settings, nearest
+from router_cli.sections import SMALL_MODEL
+from router_cli.settings import Settings, nearest
 from router_cli.teachers.endpoint import api_key, fault, is_local, shorten, shown
 
 __all__ = ["Finding", "examine"]

@@ -14,7 +14,8 @@ from functools import cached_property
 from router_cli import dataset, prompts, tasks
 from router_cli.errors import InputError, SettingsError
 from router_cli.schema import Example, Task
-from router_cli.settings import MOST_EXAMPLES, Settings
+from router_cli.sections import MOST_EXAMPLES
+from router_cli.settings import Settings
 from router_cli.space import DecisionSpace
 
 

@@ -14,7 +14,8 @@ from typing import Literal
 
 from router_cli import models
 from router_cli.backends.device import best_device, fast_dtype
-from router_cli.settings import SMALL_MODEL, Settings
+from router_cli.sections import SMALL_MODEL
+from router_cli.settings import Settings
 
 DISTRIBUTION = "router-cli"
 

@@ -23,7 +23,8 @@ from pathlib import Path
 from router_cli.errors import InputError, ModelError, OutputError
 from router_cli.jsonl import read_json, reason, writing
 from router_cli.progress import SILENT, Progress
-from router_cli.settings import SMALL_MODEL, Settings
+from router_cli.sections import SMALL_MODEL
+from router_cli.settings import Settings
 
 RENAMED = {"Qwen/Qwen3-8B-Instruct": "Qwen/Qwen3-8B"}
 """Ids that users copy from old guides and that do not exist on the Hub, with what they mean."""

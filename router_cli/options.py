@@ -18,7 +18,8 @@ import typer
 
 from router_cli.console import Console
 from router_cli.errors import SettingsError
-from router_cli.settings import File, Files, Folder, Settings, fields, load
+from router_cli.sections import File, Files, Folder
+from router_cli.settings import Settings, fields, load
 
 FIELDS = dict(fields())
 

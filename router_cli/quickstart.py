@@ -22,7 +22,8 @@ from router_cli.label import label
 from router_cli.progress import SILENT, Progress
 from router_cli.schema import Prediction, Task
 from router_cli.scoring.results import Report
-from router_cli.settings import DecisionSettings, Settings
+from router_cli.sections import DecisionSettings
+from router_cli.settings import Settings
 from router_cli.tasks import OWN_TASKS
 from router_cli.train import TrainResult, train
 

@@ -19,7 +19,8 @@ from router_cli.jsonl import read_json
 from router_cli.progress import SILENT, Progress
 from router_cli.schema import Alternative
 from router_cli.scoring.calibration import Calibration
-from router_cli.settings import DecisionSettings, Settings
+from router_cli.sections import DecisionSettings
+from router_cli.settings import Settings
 from router_cli.space import DecisionSpace
 
 if TYPE_CHECKING:

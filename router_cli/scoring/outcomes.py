@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from router_cli import costs
 from router_cli.errors import InputError
 from router_cli.schema import Outcome, Split, Topology
-from router_cli.settings import OUTCOME_TABLES, nearest
+from router_cli.sections import OUTCOME_TABLES
+from router_cli.settings import nearest
 from router_cli.tasks import read_entries
 
 if TYPE_CHECKING:

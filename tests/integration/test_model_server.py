@@ -27,7 +27,8 @@ from router_cli.errors import TeacherError
 from router_cli.label import label
 from router_cli.models import at_hand
 from router_cli.progress import Silent
-from router_cli.settings import SMALL_MODEL, Settings, load
+from router_cli.sections import SMALL_MODEL
+from router_cli.settings import Settings, load
 from router_cli.space import DecisionSpace
 from tests.tiny import tiny_model
 

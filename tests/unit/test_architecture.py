@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2] / "router_cli"
 # they are named apart.
 LAYERS = {
     1: "errors schema progress",
-    2: "jsonl space costs settings scoring.metrics",
+    2: "jsonl space costs sections settings scoring.metrics",
     3: "prompts tasks",
     4: "dataset splits examples labelling teachers teams backends scoring models machine checkpoints frozen fallback",
     5: "label train trainer watch infer evaluate replay from_outcomes doctor",

@@ -14,7 +14,8 @@ from router_cli.errors import InputError, RouterError, SettingsError
 from router_cli.examples import Examples, choose
 from router_cli.label import label
 from router_cli.schema import Decision, Example
-from router_cli.settings import MOST_EXAMPLES, Settings, load
+from router_cli.sections import MOST_EXAMPLES
+from router_cli.settings import Settings, load
 from router_cli.space import DecisionSpace
 from router_cli.tasks import read_tasks
 from tests.fake_teacher import FakeTeacher

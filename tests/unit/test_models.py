@@ -15,7 +15,8 @@ from router_cli import models
 from router_cli.backends.local import load as load_model
 from router_cli.errors import ModelError, OutputError
 from router_cli.models import BaseModel, Package, resolve
-from router_cli.settings import SMALL_MODEL, Settings, load
+from router_cli.sections import SMALL_MODEL
+from router_cli.settings import Settings, load
 from tests.tiny import tiny_tokenizer
 from tests.training import Recorder
 

@@ -13,7 +13,7 @@ import pytest
 from router_cli.errors import InputError
 from router_cli.scoring.oracles import DIFFERING, differing
 from router_cli.scoring.outcomes import Table, locate_outcomes, read_outcomes, tables
-from router_cli.settings import OUTCOME_TABLES
+from router_cli.sections import OUTCOME_TABLES
 
 DATA = Path(__file__).parents[2] / "data" / "outcomes"
 

@@ -14,7 +14,8 @@ from router_cli.jsonl import write_rows
 from router_cli.options import _completion
 from router_cli.replay import replay, write_tasks
 from router_cli.scoring import worth_report
-from router_cli.settings import OUTCOME_TABLES, load
+from router_cli.sections import OUTCOME_TABLES
+from router_cli.settings import load
 from router_cli.space import DecisionSpace
 from router_cli.teachers.heuristic import decide
 from router_cli.train import train
