@@ -55,7 +55,7 @@ def label(call: Call) -> int:
     from router_cli import audit
     from router_cli.from_outcomes import label_from_outcomes, wanted
     from router_cli.label import estimate, label
-    from router_cli.summaries import audited, estimated, labelled, outcome_labelled
+    from router_cli.summaries.label import audited, estimated, labelled, outcome_labelled
 
     if wanted(call.settings) and not call.settings.label.audit:
         call.console.result(*outcome_labelled(label_from_outcomes(call.settings, call.console)))
@@ -77,7 +77,7 @@ def label(call: Call) -> int:
 @with_settings("train", *SPACE, *BASES)
 def train(call: Call) -> None:
     """Fine-tune a small model on labels: QLoRA on a GPU, LoRA on a CPU."""
-    from router_cli.summaries import trained
+    from router_cli.summaries.train import trained
     from router_cli.train import train
 
     call.console.result(*trained(train(call.settings, call.console)))
@@ -90,7 +90,7 @@ def infer(
 ) -> int:
     """Decide for one task, or for a file of them."""
     from router_cli.infer import infer
-    from router_cli.summaries import decided
+    from router_cli.summaries.infer import decided
 
     result = infer(call.settings, task, call.console, call.console.confirm)
     call.console.result(*decided(result, call.console.as_json))
@@ -102,7 +102,7 @@ def infer(
 def evaluate(call: Call) -> None:
     """Judge predictions against labels, or by recorded executions, and against what a router must beat."""
     from router_cli.judging import judge, weigh
-    from router_cli.summaries import judged, weighed
+    from router_cli.summaries.evaluate import judged, weighed
 
     if call.settings.eval.outcomes is not None:
         call.console.result(*weighed(weigh(call.settings, call.console), call.settings))
@@ -115,7 +115,7 @@ def evaluate(call: Call) -> None:
 def quickstart(call: Call) -> None:
     """Run the whole loop on this machine: no key, no GPU, no model hub."""
     from router_cli.quickstart import quickstart
-    from router_cli.summaries import started
+    from router_cli.summaries.around import started
 
     call.console.result(*started(quickstart(call.settings, call.console)))
 
@@ -130,7 +130,7 @@ def doctor(
 ) -> int:
     """Check Python, packages, GPU, disk, key, endpoint and model; say how to mend what is wrong."""
     from router_cli.doctor import examine
-    from router_cli.summaries import examined
+    from router_cli.summaries.around import examined
 
     findings = examine(call.settings, ask, call.console)
     call.console.result(*examined(findings))
@@ -141,7 +141,7 @@ def doctor(
 @with_settings(None)
 def config_show(call: Call) -> None:
     """Print every setting with its value and where it comes from; secrets are masked."""
-    from router_cli.summaries import configured
+    from router_cli.summaries.around import configured
 
     call.console.result(*configured(call.settings))
 

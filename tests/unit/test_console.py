@@ -15,7 +15,7 @@ from rich.text import Text
 from router_cli import console as module
 from router_cli.console import Console
 from router_cli.schema import Decision, Prediction
-from router_cli.summaries import decision_table
+from router_cli.summaries.infer import decision_table
 
 SCRIPT = """
 from router_cli.console import Console

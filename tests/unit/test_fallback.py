@@ -19,7 +19,7 @@ from router_cli.infer import InferResult, infer
 from router_cli.schema import Prediction
 from router_cli.settings import load
 from router_cli.space import DecisionSpace
-from router_cli.summaries import decided
+from router_cli.summaries.infer import decided
 from router_cli.teachers import heuristic
 from router_cli.train import train
 from tests.fake_teacher import FakeTeacher, Reply

@@ -18,7 +18,7 @@ from router_cli.errors import BudgetReached, SettingsError, TeacherError, UsageE
 from router_cli.label import estimate, label
 from router_cli.progress import Silent
 from router_cli.schema import Label
-from router_cli.summaries import labelled
+from router_cli.summaries.label import labelled
 from tests.fake_teacher import Call, FakeTeacher, Reply, Storm, decision
 from tests.unit.test_label import SINGLE, ids, rows, settings, some_tasks, write_tasks
 

@@ -1,0 +1,71 @@
+"""What `router infer` shows."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from router_cli import costs, prompts
+from router_cli.schema import Prediction
+from router_cli.summaries.shown import Shown, document
+
+if TYPE_CHECKING:
+    from router_cli.infer import InferResult
+
+
+def decided(result: InferResult, as_json: bool) -> Shown:
+    """One task as a small table, a file as a line about it, standard output as JSON lines."""
+    if result.output is not None:
+        lines = [f"{result.decided} decisions added to {result.output} ({result.resumed} from before)"]
+        if result.fallbacks:
+            lines.append(f"{result.fallbacks} of them are fallbacks: see the field fallback")
+        lines += unsure(result)
+        if result.skipped:
+            lines.append(f"{result.skipped} lines could not be read and were skipped")
+        return Text("\n".join(lines)), document(result)
+    rows = [row.model_dump(mode="json") for row in result.predictions]
+    if len(rows) == 1:
+        return decision_table(result.predictions[0]), rows[0]
+    return Text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows)), {"predictions": rows}
+
+
+def unsure(result: InferResult) -> list[str]:
+    """What became of the decisions below the confidence asked for, and what that cost."""
+    if result.threshold is None:
+        return []
+    count, usage = sum(result.unsure.values()), result.usage
+    who = {"none": "decided by nobody", "decision": "the given decision"}
+    mix = ", ".join(f"{who.get(name, name)} {number}" for name, number in result.unsure.items())
+    lines = [f"{count} of {result.decided} below the confidence {result.threshold:g}" + (f": {mix}" if mix else "")]
+    if usage is not None and usage.attempts:
+        tokens = f"{usage.prompt_tokens:,} + {usage.completion_tokens:,} tokens"
+        lines.append(f"the fallback's answers: {usage.attempts:,} requests, {tokens}, {costs.dollars(usage.cost_usd)}")
+    return lines
+
+
+def decision_table(row: Prediction) -> Table:
+    """A decision for people."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    decision = row.decision
+    if decision is None:
+        table.add_row("topology", Text("none: not sure enough", style="bold"))
+    else:
+        table.add_row("topology", Text(decision.topology, style="bold"))
+        joined = " -> " if decision.topology == "chain" else ", "
+        table.add_row("roles", joined.join(decision.roles))
+        if decision.manager_role:
+            table.add_row("manager", decision.manager_role)
+        table.add_row("entry", decision.entry_role)
+        table.add_row("max steps", str(decision.max_steps))
+    if row.topologies:
+        shares = sorted(row.topologies.items(), key=lambda one: -one[1])
+        table.add_row("probabilities", ", ".join(f"{name} {share:.2f}" for name, share in shares))
+    for number, one in enumerate(row.alternatives or (), start=1):
+        table.add_row(f"{number}. of all", f"{one.probability:.3f} {prompts.render(one.decision)}")
+    if row.fallback:
+        table.add_row("fallback", row.fallback)
+    table.add_row("by", f"{row.backend}: {row.model}, {row.milliseconds:.0f} ms")
+    return table
