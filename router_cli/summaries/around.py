@@ -80,13 +80,13 @@ def configured(settings: Settings) -> Shown:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("setting", "value", "from"):
         table.add_column(name, overflow="fold")
-    shown: dict[str, Any] = {}
+    every: dict[str, Any] = {}
     for key, _ in fields():
         section, name = key.split(".")
         value = getattr(getattr(settings, section), name)
         plain = "********" if isinstance(value, SecretStr) else value
         origin = settings.origin(key)
-        shown[key] = {"value": str(plain) if isinstance(plain, Path) else plain, "from": origin}
+        every[key] = {"value": str(plain) if isinstance(plain, Path) else plain, "from": origin}
         shown = ",".join(plain) if isinstance(plain, list) else "" if plain is None else str(plain)
         table.add_row(Text(key), Text(shown), Text(origin, style="dim" if origin == "default" else "bold"))
-    return table, shown
+    return table, every
