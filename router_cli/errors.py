@@ -17,6 +17,11 @@ Ctrl-C ends with 130. An answer of a model that cannot be used is data, not an e
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from router_cli.schema import Usage
+
 
 class RouterError(Exception):
     """A failure with one line for the user: what is wrong, what was expected, what to do."""
@@ -47,7 +52,12 @@ class ModelError(RouterError):
 
 
 class TeacherError(RouterError):
-    """The teacher's endpoint gave an answer that no retry will change."""
+    """The teacher's endpoint gave an answer that no retry will change.
+
+    `spent` is what the question had used before that: an invalid answer is paid for, though nothing came of it.
+    """
+
+    spent: Usage | None = None
 
 
 class CredentialsError(TeacherError):

@@ -16,7 +16,7 @@ from functools import partial
 from itertools import chain, islice
 
 from router_cli import costs, examples
-from router_cli.errors import BudgetReached, InputError, RouterError, UsageError
+from router_cli.errors import BudgetReached, InputError, RouterError, TeacherError, UsageError
 from router_cli.labelling import batching
 from router_cli.labelling.estimate import Confirm, Estimate, Estimator, approve
 from router_cli.labelling.journal import Journal
@@ -229,7 +229,9 @@ class _Run:
                 )
             except RouterError as error:
                 if self.paid:
-                    self.journal.unanswered(question.key, question.sample, str(error), UNPAID)
+                    spent = (error.spent if isinstance(error, TeacherError) else None) or UNPAID
+                    self.usage = total(self.usage, spent)
+                    self.journal.unanswered(question.key, question.sample, str(error), spent)
                 raise
             await self.keep(question, answer)
             bar.advance(1, self.status())

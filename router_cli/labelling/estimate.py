@@ -29,6 +29,9 @@ A_DAY = 86_400.0
 PILOT_ROWS, PILOT_ENOUGH = 5, 200
 """Earlier rows from which on their real usage corrects the estimate, and as many as are looked at."""
 
+COUNTED_ALL, EVERY = 5_000, 20
+"""So many tasks are all counted in tokens; beyond them one in `EVERY` is, and stands for the others."""
+
 Confirm = Callable[[str], bool]
 """Puts a question to the user; False is no, and where nobody can be asked."""
 
@@ -71,15 +74,18 @@ class Estimator:
 
     def __init__(self, settings: Settings, teacher: Teacher, space: DecisionSpace) -> None:
         self._settings, self._teacher, self._space = settings, teacher, space
-        self.questions = self._pilot = 0
+        self.questions = self._pilot = self._open_tasks = 0
         self._expected = self._foreseen = self._used = UNPAID
 
     def look(self, task: Task, samples: int, rows: Iterable[dict[str, Any]]) -> None:
         """Count the `samples` of a task still to be asked for, and learn from its finished `rows` what they used."""
         usages = [Usage(**row["provenance"]["usage"]) for row in rows]
-        if samples or usages:
+        self.questions += samples
+        self._open_tasks += samples > 0
+        weight = 1 if self._open_tasks <= COUNTED_ALL else EVERY if self._open_tasks % EVERY == 0 else 0
+        if usages or (samples and weight):
             expected = self._teacher.expected(task, self._space, self._settings.label.strategy)
-            self._open(expected, samples)
+            self._open(expected, samples * weight)
             for used in usages:
                 self._finished(expected, used)
 
@@ -92,7 +98,6 @@ class Estimator:
             attempts=expected.attempts * samples,
         )
         self._expected = total(self._expected, more)
-        self.questions += samples
 
     @property
     def learnt(self) -> bool:

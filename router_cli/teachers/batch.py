@@ -28,7 +28,7 @@ from router_cli.space import DecisionSpace, Violation
 from router_cli.teachers import Answer, total
 from router_cli.teachers.answers import Reply, again, judge
 from router_cli.teachers.connection import broken
-from router_cli.teachers.dialect import MOST_TOKENS, answer_limit
+from router_cli.teachers.dialect import MOST_TOKENS
 from router_cli.teachers.endpoint import Fault, fault, final_error, shorten
 from router_cli.teachers.openai import OpenAITeacher
 
@@ -255,8 +255,7 @@ class BatchTeacher(OpenAITeacher):
         if self.budget.limit is not None:
             return self._worst(list(messages), parameters)
         # Kept all the same: a later command may come with a cap.
-        tokens = self._bytes(list(messages), parameters)
-        return self.prices.of(self.model, tokens, answer_limit(parameters) or MOST_TOKENS) or 0.0
+        return self._ceiling.of(list(messages), parameters, MOST_TOKENS)
 
     # -- how it is done ---------------------------------------------------------------------------------------
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,8 +25,9 @@ from router_cli.settings import Settings
 from router_cli.space import DecisionSpace, Violation
 from router_cli.teachers import FREE, Answer, total
 from router_cli.teachers.answers import Reply, again, judge, read
+from router_cli.teachers.ceiling import Ceiling
 from router_cli.teachers.connection import make_client, post
-from router_cli.teachers.counting import Meter, at_most
+from router_cli.teachers.counting import Meter
 from router_cli.teachers.dialect import Dialect, answer_limit
 from router_cli.teachers.endpoint import Fault, api_key, final_error, shorten, shown
 from router_cli.teachers.pacing import Pace, Ticket
@@ -73,9 +72,7 @@ class OpenAITeacher:
                 f"label.max_cost ({settings.origin('label.max_cost')}): the price of {self.model} is unknown: "
                 "give --price-in and --price-out, in US dollars for a million tokens"
             )
-        self._models = {self.model}  # that answered: an alias may stand for a dearer one
-        self._shape: tuple[Any, str] = ("", '""')  # the last response_format, and its text
-        self._over = 1.0  # how far the endpoint counted above `at_most`
+        self._ceiling = Ceiling(self.prices, self.model)
         self._meter = Meter(self.model)
         self._pace, self._gate = Pace(wanted.rpm, wanted.tpm), asyncio.Lock()
         self.requests = self.wasted = 0
@@ -116,7 +113,11 @@ class OpenAITeacher:
         counted = self._meter.count([message["content"] for message in question])
         messages, spent = question, FREE.model_copy(update={"attempts": 0})
         for _ in range(self._reask + 1):
-            reply = await self._send(messages, space, sample)
+            try:
+                reply = await self._send(messages, space, sample)
+            except TeacherError as error:
+                error.spent = spent
+                raise
             spent = total(spent, reply.usage)
             resolved = judge(reply, space)
             if messages is question and not reply.failed:
@@ -189,10 +190,10 @@ class OpenAITeacher:
             reply = self._read(result, sent, requests)
             used, cost = reply.usage, reply.usage.cost_usd
             self._pace.passed(ticket, now, headers, (used.prompt_tokens + used.completion_tokens) or None)
-            self._over = max(self._over, used.prompt_tokens / self._bytes(messages, sent))
+            self._ceiling.heard(reply.model, used.prompt_tokens, messages, sent)
             return sent, reply
         finally:
-            most = worst or self._ceiling(messages, sent) if cost is None else cost
+            most = worst or self._ceiling.of(messages, sent) if cost is None else cost
             self.budget.settle(worst, most, certain=cost is not None)
 
     async def _admit(
@@ -227,20 +228,7 @@ class OpenAITeacher:
                     f"{self._url} takes no limit of answer tokens, so that --max-cost cannot be kept: leave it off"
                 )
             )
-        return self._ceiling(messages, sent)
-
-    def _ceiling(self, messages: list[dict[str, str]], sent: dict[str, Any]) -> float:
-        """The most that a request can cost in US dollars, as far as its answer is limited and its price is known."""
-        limit = answer_limit(sent) or 0
-        tokens = math.ceil(self._bytes(messages, sent) * self._over)
-        return max(self.prices.of(model, tokens, limit) or 0.0 for model in self._models)
-
-    def _bytes(self, messages: list[dict[str, str]], sent: dict[str, Any]) -> int:
-        # Some endpoints write the schema into the prompt.
-        shape = sent.get("response_format", "")
-        if shape is not self._shape[0]:
-            self._shape = shape, json.dumps(shape)
-        return at_most([*(message["content"] for message in messages), self._shape[1]])
+        return self._ceiling.of(messages, sent)
 
     async def _turn(self, messages: list[dict[str, str]]) -> Ticket:
         """Wait until the next request may go; first come, first served. Raises once some worker met a final refusal."""
@@ -287,7 +275,6 @@ class OpenAITeacher:
                 self._said_unpriced = True
                 self._progress.notice(f"{self._url} reports no token usage: tokens and cost stay unknown")
             return reply
-        self._models.add(reply.model)
         price = self.prices.of(reply.model, usage.prompt_tokens, usage.completion_tokens)
         if price is None:
             price = self.prices.of(self.model, usage.prompt_tokens, usage.completion_tokens)

@@ -54,6 +54,18 @@ def test_an_estimate_sends_nothing_and_writes_nothing(tmp_path: Path) -> None:
     assert "20 questions" in str(found) and found.tokenizer in str(found) and "about 20 s" in str(found)
 
 
+def test_of_very_many_tasks_a_part_stands_for_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "tasks.jsonl"
+    write_tasks(data, [{"task": f"Sort list {i}, " + "then reverse it, " * (i % 7 + 20 * (i >= 40))} for i in range(240)])
+    whole = estimate(settings(data, "http://127.0.0.1:9/v1"))
+    monkeypatch.setattr("router_cli.labelling.estimate.COUNTED_ALL", 40)
+    monkeypatch.setattr("router_cli.labelling.estimate.EVERY", 5)
+    part = estimate(settings(data, "http://127.0.0.1:9/v1"))
+    assert part.questions == whole.questions == 240
+    assert part.cost_usd == pytest.approx(whole.cost_usd, rel=0.01) and part.cost_usd != whole.cost_usd
+    assert part.prompt_tokens == pytest.approx(whole.prompt_tokens, rel=0.01)
+
+
 def test_a_pilot_corrects_the_estimate_of_the_rest_to_a_tenth_of_the_bill(tmp_path: Path) -> None:
     data = some_tasks(tmp_path, 60)
     storm = Storm(3, busy=0, down=0, reset=0, hung=0, cut=0, broken=0.2, invalid=0.1)
@@ -190,6 +202,16 @@ def test_answers_on_their_way_at_a_reached_budget_are_kept(tmp_path: Path) -> No
     with FakeTeacher(delay=0.5) as server:
         result = label(settings(data, server.url, label__max_cost=0.03))
     assert (result.labelled, result.unanswered, ids(result)) == (1, 1, ["a"]) and result.stopped
+
+
+def test_an_invalid_answer_that_the_budget_leaves_alone_is_on_the_bill(tmp_path: Path) -> None:
+    data = some_tasks(tmp_path, 2)
+    with FakeTeacher(behave=lambda call: None if call.task == "Write part 0." else Reply("{}")) as server:
+        found = label(settings(data, server.url, label__max_cost=0.025, label__reask=9, label__concurrency=1))
+    assert found.stopped and (found.labelled, found.unanswered) == (1, 1)
+    # One answer for the label, and all that were paid for without one.
+    assert found.usage.attempts == len(server.calls) > 2 and found.usage.cost_usd == pytest.approx(server.cost)
+    assert found.astray_usd == pytest.approx(0)
 
 
 def test_a_budget_for_not_one_question_leaves_an_older_output_alone(tmp_path: Path) -> None:
