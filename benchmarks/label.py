@@ -8,7 +8,9 @@ limit   with 3,000 requests a minute: rows lost, share of the limit used, share 
 memory  peak of `router label` for many tasks against few
 
 Rivals: `plain` is AsyncOpenAI as people use it, its own retries on, all tasks gathered under a semaphore; `raw` is bare
-aiohttp without retries, as fast as Python gets here (only for `speed`). Times are the server's: from the first request
+aiohttp without retries, as fast as Python gets here (only for `speed`); `curator` is bespokelabs-curator, with the
+endpoint's limit told where `router` is told it, if `--curator PYTHON` names the interpreter of an environment that has
+it (it needs another version of the openai client). Times are the server's: from the first request
 to the last answer. Sizes are options, so that it can be tried small: `--tasks 100 --concurrency 16 --only speed`.
 """
 
@@ -18,6 +20,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -128,15 +131,52 @@ def raw(url: str, count: int, concurrency: int, options: list[str]) -> int:
     return asyncio.run(run())
 
 
-CLIENTS = {"ours": ours, "plain": plain, "raw": raw}
+def curator(url: str, count: int, concurrency: int, options: list[str]) -> int:
+    """bespokelabs-curator with its backend for OpenAI; the rows it returns."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        os.environ |= {"TELEMETRY_ENABLED": "false", "OPENAI_API_KEY": "none", "CURATOR_CACHE_DIR": folder}
+        import litellm
+
+        # It would fetch the vocabulary that litellm brings along.
+        vocabularies = Path(litellm.__file__).parent / "litellm_core_utils" / "tokenizers"
+        os.environ |= {"HF_HOME": folder, "TIKTOKEN_CACHE_DIR": str(vocabularies)}
+        from bespokelabs import curator
+
+        class Labeller(curator.LLM):  # type: ignore[misc]  # not installed where types are checked
+            def prompt(self, row: dict[str, Any]) -> Any:
+                return body(row["task"])["messages"]
+
+            def parse(self, row: dict[str, Any], response: Any) -> Any:
+                return {"answer": str(response)}
+
+        told = [int(float(one.partition("=")[2])) for one in options if one.startswith("label.rpm=")]
+        rate = {"max_requests_per_minute": told[0] if told else 10**6, "max_tokens_per_minute": 10**9}
+        backend = {"base_url": url, "max_concurrent_requests": concurrency, "require_all_responses": False, **rate}
+        model = Labeller(MODEL, backend="openai", backend_params=backend, generation_params={"temperature": 0.1})
+        return len(model([{"task": text} for text in texts(count)], working_dir=folder).dataset)
+
+
+CLIENTS = {"ours": ours, "plain": plain, "raw": raw, "curator": curator}
+RIVAL_PYTHON: list[str] = []
+"""The interpreter that has curator, if there is one."""
+
+
+def rivals(*names: str) -> list[str]:
+    """The clients to compare, curator among them where it is to be had."""
+    return [*names, *(["curator"] if RIVAL_PYTHON else [])]
 
 
 def measured(client: str, url: str, count: int, concurrency: int, *options: str) -> dict[str, Any]:
-    """Run a client against a server: `rows`, `cpu` (ms a task) and `peak` (MB) of the client, and the stats."""
-    command = [sys.executable, "-m", "benchmarks.label", "--client", client, "--url", url, "--tasks", str(count)]
+    """Run a client against a server: `rows`, `cpu` (ms a task) and `memory` (peak, MB) of the client, and the stats."""
+    python = RIVAL_PYTHON[0] if client == "curator" else sys.executable
+    command = [python, "-m", "benchmarks.label", "--client", client, "--url", url, "--tasks", str(count)]
     chosen = [word for option in options for word in ("--set", option)]
     done = subprocess.run(
-        [*command, "--concurrency", str(concurrency), *chosen], stdout=subprocess.PIPE, text=True, check=True
+        [*command, "--concurrency", str(concurrency), *chosen],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL if client == "curator" else None,  # it draws pictures there
+        text=True,
+        check=True,
     )
     seen = stats(url)
     return {**json.loads(done.stdout), **seen, "seconds": seen["last"] - seen["first"]}
@@ -148,7 +188,7 @@ def run_client(options: argparse.Namespace) -> None:
     rows = CLIENTS[options.client](options.url, options.tasks, options.concurrency[0], options.options)
     cpu = (time.process_time() - before) / options.tasks * 1000
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"rows": rows, "cpu": cpu, "peak": peak}))
+    print(json.dumps({"rows": rows, "cpu": cpu, "memory": peak}))
 
 
 # -- what is measured -----------------------------------------------------------------------------------------
@@ -159,11 +199,11 @@ def speed(count: int, concurrencies: list[int], latency: float) -> None:
     print(f"speed: {count:,} tasks, {latency * 1000:g} ms latency")
     for concurrency in concurrencies:
         ideal = count / concurrency * latency
-        for client in CLIENTS:
+        for client in rivals("ours", "plain", "raw"):
             with serving("--latency", str(latency)) as url:
                 seen = measured(client, url, count, concurrency)
             print(
-                f"  concurrency {concurrency:4}  {client:6} {ideal / seen['seconds']:6.1%} of the ideal"
+                f"  concurrency {concurrency:4}  {client:7} {ideal / seen['seconds']:6.1%} of the ideal"
                 f"  {seen['seconds']:6.1f} s  {seen['cpu']:5.2f} ms CPU a task  {seen['rows']:,} rows",
                 flush=True,
             )
@@ -179,7 +219,7 @@ def limit(count: int, concurrencies: list[int], latency: float, rpm: int, burst:
             ("untold", [], []),
             ("Retry-After", ["--retry-after"], []),
         ):
-            for client in ("ours", "plain"):
+            for client in rivals("ours", "plain"):
                 if client == "plain" and name == "option":
                     continue  # it has no such option
                 limits = ["--latency", str(latency), "--rpm", str(rpm), "--burst", str(burst)]
@@ -188,7 +228,7 @@ def limit(count: int, concurrencies: list[int], latency: float, rpm: int, burst:
                 used = seen["answered"] / (rpm / 60 * seen["seconds"])
                 wasted = seen["rejected"] / (seen["answered"] + seen["rejected"])
                 print(
-                    f"  concurrency {concurrency:4}  {name:11} {client:6} {count - seen['rows']:5} rows lost"
+                    f"  concurrency {concurrency:4}  {name:11} {client:7} {count - seen['rows']:5} rows lost"
                     f"  {used:6.1%} of the limit used  {wasted:6.1%} wasted  {seen['seconds']:6.1f} s",
                     flush=True,
                 )
@@ -199,7 +239,7 @@ def memory(few: int, many: int) -> None:
     peaks = []
     for count in (few, many):
         with serving("--latency", "0") as url:
-            peaks.append(measured("ours", url, count, 64)["peak"])
+            peaks.append(measured("ours", url, count, 64)["memory"])
     print(f"memory: {peaks[0]:.0f} MB for {few:,} tasks, {peaks[1]:.0f} MB for {many:,}: {peaks[1] - peaks[0]:+.0f} MB")
 
 
@@ -213,6 +253,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.5)
     parser.add_argument("--rpm", type=int, default=3000)
     parser.add_argument("--burst", type=float, default=1.0)
+    parser.add_argument("--curator", metavar="PYTHON", help="interpreter of an environment with bespokelabs-curator")
     parser.add_argument("--client", choices=CLIENTS, help=argparse.SUPPRESS)
     parser.add_argument("--url", help=argparse.SUPPRESS)
     parser.add_argument("--set", dest="options", action="append", default=[], help=argparse.SUPPRESS)
@@ -220,6 +261,7 @@ def main() -> None:
     if options.client:
         run_client(options)
         return
+    RIVAL_PYTHON.extend([options.curator] if options.curator else [])
     if "speed" in options.only:
         speed(options.tasks, options.concurrency, options.latency)
     if "limit" in options.only:

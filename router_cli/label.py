@@ -97,6 +97,7 @@ class _Run:
             self.before = self.journal.size
             if self.paid:
                 self.journal.begin()
+                self.teacher.recall(self.journal.learnt)
             done = self.worklist.finished()
             count = None if self.streamed else done + self.under_way + self.estimate.questions
             try:
@@ -106,6 +107,9 @@ class _Run:
             except BaseException:
                 self.rescue()
                 raise
+            finally:
+                with contextlib.suppress(RouterError):  # it is only found out again
+                    self.journal.learns(self.teacher.learnt)
         self.reread()
         if self.stopped and not any(True for _ in self.worklist.rows(self.journal, 0)):
             raise BudgetReached(self.stopped)

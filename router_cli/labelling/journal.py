@@ -6,6 +6,7 @@ One JSON object a line, only ever appended to:
     {"asks": KEY, "sample": 0, "id": ...}                        about to be paid for
     {"unanswered": KEY, "sample": 0, "why": ..., "usage": ...}   nothing came of it: it is to be asked again
     {"run": TIME, "lost": 2}                                     a run begins, and named what an earlier one lost
+    {"learnt": {"endpoint": ..., "model": ...}}                  what the endpoint turned out not to take
 
 `sample` numbers the votes of one task; KEY is of `worklist.Worklist.key`. What was asked for without an answer, or a
 line that says why there is none, may have been paid for and lost: the next run names it. The last row of a sample
@@ -57,6 +58,7 @@ class Journal:
         self.written = self.durable = 0
         self._syncing = asyncio.Lock()
         self._open_asks: dict[tuple[str, int], str] = {}
+        self.learnt: dict[str, Any] = {}  # about the endpoint, by the last run that learnt something
 
     # -- reading ----------------------------------------------------------------------------------------------
 
@@ -87,6 +89,8 @@ class Journal:
             self._open_asks.pop((str(row["unanswered"]), int(row["sample"])), None)
         elif "run" in row:
             self._open_asks.clear()
+        elif "learnt" in row:
+            self.learnt = dict(row["learnt"])
         else:
             entry = Entry(str(row["provenance"]["key"]), int(row.get("sample", 0)), at)
             bytes.fromhex(entry.key)  # or it is no key
@@ -138,6 +142,11 @@ class Journal:
     def unanswered(self, key: str, sample: int, why: str, usage: Usage) -> None:
         """Note that nothing came of a sample, and what that cost."""
         self._write({"unanswered": key, "sample": sample, "why": why, "usage": usage.model_dump(mode="json")})
+
+    def learns(self, learnt: dict[str, Any]) -> None:
+        """Keep what was found out about the endpoint for the next run."""
+        if learnt and learnt != self.learnt:
+            self._write({"learnt": learnt})
 
     async def finished(self, row: Label | Rejection, sample: int) -> None:
         """Keep a finished sample; back at once, but for those that must wait for the disk to bound what is at risk."""

@@ -59,6 +59,13 @@ class Teacher(Protocol):
         """What `expected` counts tokens with."""
 
     @property
+    def learnt(self) -> dict[str, Any]:
+        """What was found out about the endpoint; empty where there is nothing that a later run should know."""
+
+    def recall(self, learnt: dict[str, Any]) -> None:
+        """Begin with what an earlier run found out about the same endpoint and model."""
+
+    @property
     def count_error(self) -> float | None:
         """By which share it counted too many in the answers so far (too few is negative); None before the first."""
 
@@ -82,6 +89,7 @@ class OfflineTeacher:
     tokenizer = "none"
     count_error: float | None = None
     requests = wasted = 0
+    learnt: dict[str, Any] = {}  # noqa: RUF012  # never written to
 
     def __init__(self) -> None:
         self.budget, self.prices = Budget(), Prices(0.0, 0.0)
@@ -89,6 +97,9 @@ class OfflineTeacher:
     def expected(self, task: Task, space: DecisionSpace, strategy: Strategy) -> Usage:
         """Nothing."""
         return FREE
+
+    def recall(self, learnt: dict[str, Any]) -> None:
+        """There is no endpoint."""
 
     async def close(self) -> None:
         """Nothing to let go of."""

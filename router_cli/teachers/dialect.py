@@ -27,6 +27,23 @@ class Dialect:
         self._dropped: set[str] = set()
         self._tokens = ANSWER_TOKENS
 
+    @property
+    def learnt(self) -> dict[str, Any]:
+        """What was found out, as plain values for `recall`; empty where the endpoint took everything."""
+        found = {"steps": dict(self._step), "dropped": sorted(self._dropped), "tokens": self._tokens}
+        return found if found != {"steps": dict.fromkeys(self._step, 0), "dropped": [], "tokens": ANSWER_TOKENS} else {}
+
+    def recall(self, learnt: dict[str, Any]) -> None:
+        """Begin with what an earlier run found out. Raises LookupError, TypeError or ValueError where it is damaged."""
+        steps = {name: int(learnt["steps"][name]) for name in self._step}
+        if not (0 <= steps["response_format"] < len(FORMATS) and 0 <= steps["limit"] < len(LIMITS)):
+            raise ValueError("no such step")
+        self._dropped, self._tokens = set(map(str, learnt["dropped"])), min(MOST_TOKENS, int(learnt["tokens"]))
+        self._step = steps
+        said = [FORMATS[steps["response_format"]], LIMITS[steps["limit"]]]
+        without = "".join(f", without {name}" for name in sorted(self._dropped))
+        self._progress.notice(f"{self._url} is asked with {' and '.join(said)}{without}, as an earlier run found out")
+
     def parameters(self, space: DecisionSpace, sample: int = 0) -> dict[str, Any]:
         """What a request's body has beside model and messages; a `sample` above 0 is sent as the seed."""
         wanted = {**self._wanted, "seed": sample} if sample else self._wanted

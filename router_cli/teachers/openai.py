@@ -2,7 +2,7 @@
 
 Retries are our own: the client's ignore the 429s of other requests, cap the back-off at 8 seconds, and give up where
 Retry-After asks for more than 120 seconds. What an endpoint turns out not to take (structured output, a temperature,
-`max_tokens`) is found out once, said once and remembered for the run. Before each request its worst case is reserved
+`max_tokens`) is found out once, said once and remembered. Before each request its worst case is reserved
 from the budget (`costs.Budget`), and its turn is waited for (`pacing.Pace`).
 """
 
@@ -91,6 +91,18 @@ class OpenAITeacher:
     def tokenizer(self) -> str:
         """What `expected` counts with."""
         return self._meter.name
+
+    @property
+    def learnt(self) -> dict[str, Any]:
+        """What the endpoint turned out not to take, and whose endpoint and model that is."""
+        found = self._dialect.learnt
+        return {"endpoint": self._url, "model": self.model, **found} if found else {}
+
+    def recall(self, learnt: dict[str, Any]) -> None:
+        """Begin with what an earlier run learnt, if it asked the same endpoint and model."""
+        if (learnt.get("endpoint"), learnt.get("model")) == (self._url, self.model):
+            with contextlib.suppress(LookupError, TypeError, ValueError):  # damaged: it is found out again
+                self._dialect.recall(learnt)
 
     @property
     def count_error(self) -> float | None:

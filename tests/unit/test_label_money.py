@@ -174,6 +174,32 @@ def test_on_a_terminal_the_user_is_asked(tmp_path: Path) -> None:
         assert code == 0 and "3 labels" in said and len(server.calls) == 3
 
 
+# -- the endpoint -----------------------------------------------------------------------------------------------
+
+
+def test_what_an_endpoint_refuses_is_asked_once_for_a_file_and_its_continuations(tmp_path: Path) -> None:
+    data, said = some_tasks(tmp_path, 3), Heard()
+
+    def refuse(call: Call) -> Reply | None:
+        for name in ("response_format", "max_tokens", "temperature"):
+            if name in call.body:
+                return Reply(status=400, error={"message": f"{name} is not supported", "param": name})
+        return None
+
+    with FakeTeacher(behave=refuse) as server:
+        label(settings(data, server.url, label__limit=2, label__concurrency=1))
+        assert len(server.calls) > 4
+        before = len(server.calls)
+        label(settings(data, server.url), said)
+        assert len(server.calls) == before + 1 and len(said.said) == 2 and "an earlier run" in said.said[1]
+        label(settings(data, server.url, label__model="gpt-4o-mini"))
+        assert len(server.calls) > before + 6  # another model may take more
+        journal = next(tmp_path.glob("*.journal.jsonl"))
+        journal.write_text(journal.read_text().replace('"dropped": ["temperature"]', '"dropped": 7'))
+        chosen = {"label__model": "gpt-4o-mini", "label__strategy": "prefer-teams"}
+        assert label(settings(data, server.url, **chosen)).labelled == 3
+
+
 # -- the cap ----------------------------------------------------------------------------------------------------
 
 
