@@ -18,20 +18,26 @@ ANSWER_TOKENS, MOST_TOKENS = 1024, 16_384
 
 
 class Dialect:
-    """The parameters for one endpoint and model. `extra` are fields of the body beside the usual ones."""
+    """The parameters for one endpoint and model. `extra` are fields of the body beside the usual ones.
 
-    def __init__(self, url: str, temperature: float, extra: dict[str, Any], progress: Progress) -> None:
+    `tokens` is how many tokens an answer may have at first.
+    """
+
+    def __init__(
+        self, url: str, temperature: float, extra: dict[str, Any], progress: Progress, tokens: int = ANSWER_TOKENS
+    ) -> None:
         self._url, self._progress = url, progress
         self._wanted = {**extra, "temperature": temperature}
         self._step = {"response_format": 0, "limit": 0}
         self._dropped: set[str] = set()
-        self._tokens = ANSWER_TOKENS
+        self._first_tokens = self._tokens = tokens
 
     @property
     def learnt(self) -> dict[str, Any]:
         """What was found out, as plain values for `recall`; empty where the endpoint took everything."""
-        found = {"steps": dict(self._step), "dropped": sorted(self._dropped), "tokens": self._tokens}
-        return found if found != {"steps": dict.fromkeys(self._step, 0), "dropped": [], "tokens": ANSWER_TOKENS} else {}
+        if not any(self._step.values()) and not self._dropped and self._tokens == self._first_tokens:
+            return {}
+        return {"steps": dict(self._step), "dropped": sorted(self._dropped), "tokens": self._tokens}
 
     def recall(self, learnt: dict[str, Any]) -> None:
         """Begin with what an earlier run found out. Raises LookupError, TypeError or ValueError where it is damaged."""
@@ -44,13 +50,17 @@ class Dialect:
         without = "".join(f", without {name}" for name in sorted(self._dropped))
         self._progress.notice(f"{self._url} is asked with {' and '.join(said)}{without}, as an earlier run found out")
 
-    def parameters(self, space: DecisionSpace, sample: int = 0) -> dict[str, Any]:
-        """What a request's body has beside model and messages; a `sample` above 0 is sent as the seed."""
+    def parameters(self, space: DecisionSpace | None, sample: int = 0) -> dict[str, Any]:
+        """What a request's body has beside model and messages; a `sample` above 0 is sent as the seed.
+
+        Without a `space` the answer may be any text.
+        """
         wanted = {**self._wanted, "seed": sample} if sample else self._wanted
         sent = {name: value for name, value in wanted.items() if name not in self._dropped}
         if (limit := LIMITS[self._step["limit"]]) != "no limit":
             sent[limit] = self._tokens
-        if (shape := _response_format(FORMATS[self._step["response_format"]], space)) is not None:
+        kind = FORMATS[self._step["response_format"]]
+        if space is not None and (shape := _response_format(kind, space)) is not None:
             sent["response_format"] = shape
         return sent
 

@@ -1,0 +1,32 @@
+"""What `router run` shows: the result alone on stdout, how it came about on stderr."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from router_cli import costs, prompts
+from router_cli.summaries.shown import Shown, document
+
+if TYPE_CHECKING:
+    from router_cli.run import RunResult
+
+
+def ran(result: RunResult) -> Shown:
+    """The team's result."""
+    found: dict[str, Any] = document(result)
+    return Text(result.result), found
+
+
+def told(result: RunResult) -> Text:
+    """Who decided what, what it took, and where the trace is."""
+    sure = "" if result.probability is None else f" (probability {result.probability:.2f})"
+    used = result.usage
+    lines = [
+        f"decided{sure}: {prompts.render(result.decision)}",
+        *result.notes,
+        f"{result.turns} turns, {used.prompt_tokens:,} + {used.completion_tokens:,} tokens, "
+        f"{costs.dollars(used.cost_usd)}, {result.seconds:.1f} s; trace in {result.trace}",
+    ]
+    return Text("\n".join(lines), style="dim")
