@@ -8,18 +8,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from router_cli import prompts
 from router_cli.backends import make_backend, space_from
-from router_cli.costs import Prices, dollars
-from router_cli.errors import BudgetReached, SettingsError, TeacherError, UsageError
+from router_cli.costs import dollars
+from router_cli.errors import BudgetReached, TeacherError, UsageError
 from router_cli.jsonl import writing
 from router_cli.progress import SILENT, Progress
 from router_cli.schema import Decision, Usage
 from router_cli.settings import Settings
-from router_cli.space import DecisionSpace
 from router_cli.tasks import stable_id
+from router_cli.teams.given import given_decision
 from router_cli.teams.team import Work, work
-from router_cli.teams.workers import EndpointWorker, Worker
+from router_cli.teams.workers import EndpointWorker, Worker, check_budget
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def run(settings: Settings, text: str, progress: Progress = SILENT, worker: Work
     """
     if not text.strip():
         raise UsageError("the task is empty")
-    check(settings)
+    check_budget(settings)
     decision, probability = _decided(settings, text, progress)
     folder = settings.run.output_dir
     with writing(folder):
@@ -69,16 +68,6 @@ def run(settings: Settings, text: str, progress: Progress = SILENT, worker: Work
     )
 
 
-def check(settings: Settings) -> None:
-    """Refuse a cap on money that cannot be kept. Raises SettingsError."""
-    wanted = settings.run
-    if wanted.max_cost is not None and Prices(wanted.price_in, wanted.price_out).of(wanted.worker_model, 1, 1) is None:
-        raise SettingsError(
-            f"run.max_cost ({settings.origin('run.max_cost')}): the price of {wanted.worker_model} is unknown: "
-            "give --price-in and --price-out, in US dollars for a million tokens"
-        )
-
-
 def _decided(settings: Settings, text: str, progress: Progress) -> tuple[Decision, float | None]:
     space, given = space_from(settings), settings.run.decision
     if given is not None:
@@ -91,32 +80,6 @@ def _decided(settings: Settings, text: str, progress: Progress) -> tuple[Decisio
     if choice.decision is None:
         raise TeacherError("the router gives no decision for this task")
     return choice.decision, choice.probability
-
-
-def given_decision(given: str, space: DecisionSpace) -> Decision:
-    """A decision as the user wrote it: JSON, or the name of a topology, which takes all roles in their order.
-
-    Raises UsageError naming what is not valid in it.
-    """
-    if given in space.topologies:
-        alone = "builder" if "builder" in space.roles else space.roles[0]
-        roles = (alone,) if given == "single" else space.roles
-        steps = 1 if given == "single" else len(roles) + (given == "centralized")
-        manager = roles[0] if given == "centralized" else None
-        given = prompts.render(
-            Decision(
-                topology=given,  # type: ignore[arg-type]  # one of the space's
-                roles=roles,
-                manager_role=manager,
-                entry_role=roles[0],
-                max_steps=min(steps, space.step_bound),
-            )
-        )
-    resolved = prompts.parse(given, space)
-    if resolved.decision is None:
-        why = "; ".join(str(violation) for violation in resolved.violations)
-        raise UsageError(f"--decision: {why}; expected {', '.join(space.topologies)} or a decision as JSON")
-    return resolved.decision
 
 
 async def _work(

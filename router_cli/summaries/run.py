@@ -10,6 +10,7 @@ from router_cli import costs, prompts
 from router_cli.summaries.shown import Shown, document
 
 if TYPE_CHECKING:
+    from router_cli.execute import Executed
     from router_cli.run import RunResult
 
 
@@ -29,4 +30,17 @@ def told(result: RunResult) -> Text:
         f"{result.turns} turns, {used.prompt_tokens:,} + {used.completion_tokens:,} tokens, "
         f"{costs.dollars(used.cost_usd)}, {result.seconds:.1f} s; trace in {result.trace}",
     ]
+    return Text("\n".join(lines), style="dim")
+
+
+def executed(done: Executed) -> Text:
+    """How much was executed, what of it was paid for now, and where the rows are."""
+    used, paid = done.usage, done.paid
+    lines = [
+        f"{done.cells:,} executions, {used.prompt_tokens:,} + {used.completion_tokens:,} tokens, "
+        f"{costs.dollars(used.cost_usd)} ({paid.attempts:,} requests and {costs.dollars(paid.cost_usd)} of it now); "
+        f"rows in {done.outcomes}"
+    ]
+    if done.failed:
+        lines.append(f"{done.failed} teams came to no result: their worker gave no answer")
     return Text("\n".join(lines), style="dim")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from router_cli import costs
-from router_cli.errors import InputError, TeacherError
+from router_cli.errors import InputError, SettingsError, TeacherError
 from router_cli.progress import SILENT, Progress
 from router_cli.schema import Message, Usage
 from router_cli.settings import Settings
@@ -43,6 +43,19 @@ class Worker(Protocol):
 
     async def close(self) -> None:
         """Let go of connections."""
+
+
+def check_budget(settings: Settings) -> None:
+    """Refuse a cap on money that cannot be kept. Raises SettingsError."""
+    wanted = settings.run
+    if (
+        wanted.max_cost is not None
+        and costs.Prices(wanted.price_in, wanted.price_out).of(wanted.worker_model, 1, 1) is None
+    ):
+        raise SettingsError(
+            f"run.max_cost ({settings.origin('run.max_cost')}): the price of {wanted.worker_model} is unknown: "
+            "give --price-in and --price-out, in US dollars for a million tokens"
+        )
 
 
 class EndpointWorker(Caller):

@@ -9,8 +9,8 @@ import pytest
 
 from router_cli.cli import main
 from router_cli.errors import UsageError
-from router_cli.run import given_decision
 from router_cli.space import DecisionSpace
+from router_cli.teams.given import given_decision
 from router_cli.teams.team import read_trace
 from tests.fake_teacher import Call, FakeTeacher, Reply
 
