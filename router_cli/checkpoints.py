@@ -2,18 +2,21 @@
 
 The trainer writes checkpoints straight into their final folder, and takes the newest one without a look: one that lost
 its optimizer file resumes in silence with other losses. Here a checkpoint counts only once `complete.json` stands in
-it, which is written last.
+it, which is written last and lists every file with its size; one whose files are missing or cut counts no more.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from router_cli.backends.local import META
-from router_cli.errors import InputError, TrainingError
-from router_cli.jsonl import read_json, write_json, writing
+from router_cli.errors import InputError, OutputError, TrainingError
+from router_cli.jsonl import read_json, reason, write_json, writing
+from router_cli.progress import SILENT, Progress
 
 MARK = "complete.json"
 
@@ -58,19 +61,49 @@ class Run:
             words = "another data file" if changed == ["data"] else f"other {', '.join(changed)}{one}"
             raise TrainingError(f"{self.folder}: {what} {words}; choose another --output-dir or delete the folder")
 
-    def newest(self) -> Path | None:
-        """The newest complete checkpoint; incomplete ones, which a kill left, are removed."""
+    def pinned(self, name: str, value: Callable[[], Any]) -> Any:
+        """What this run found out when it began (`value`, as JSON), whatever the machine would say now."""
+        file = self.checkpoints / f"{name}.json"
+        if not file.is_file():
+            write_json(file, {name: value()})
+        return read_json(file)[name]
+
+    def newest(self, progress: Progress = SILENT) -> Path | None:
+        """The newest complete checkpoint; incomplete ones, which a kill or a full disk left, are removed.
+
+        One that was complete and has lost something since is spoken of.
+        """
         best: Path | None = None
         for folder in sorted(self.checkpoints.glob("checkpoint-*"), key=_step):
-            if (folder / MARK).is_file():
+            lost = _lost(folder)
+            if not lost:
                 best = folder
-            else:
-                shutil.rmtree(folder, ignore_errors=True)
+                continue
+            if lost != MARK:
+                progress.warn(f"{folder}: {lost} is missing or cut: the checkpoint before it is taken")
+            shutil.rmtree(folder, ignore_errors=True)
         return best
+
+    @contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Around the writing of the checkpoint of `step`. One that cannot be written takes no room and costs no other.
+
+        Raises OutputError where it cannot be written.
+        """
+        folder = self.checkpoints / f"checkpoint-{step}"
+        (folder / MARK).unlink(missing_ok=True)  # a step can be saved twice, and a kill can come in between
+        try:
+            with saving(folder):
+                yield
+        except OutputError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def mark(self, step: int, keep: int) -> None:
         """Declare the checkpoint of `step` complete, and only then drop all but the newest `keep`."""
-        write_json(self.checkpoints / f"checkpoint-{step}" / MARK, {"step": step})
+        whole = self.checkpoints / f"checkpoint-{step}"
+        sizes = {str(file.relative_to(whole)): file.stat().st_size for file in whole.rglob("*") if file.is_file()}
+        write_json(whole / MARK, {"step": step, "files": sizes})
         for folder in sorted(self.checkpoints.glob("checkpoint-*"), key=_step)[:-keep]:
             (folder / MARK).unlink(missing_ok=True)  # a kill must not leave a marked one with half its files
             shutil.rmtree(folder, ignore_errors=True)
@@ -78,6 +111,35 @@ class Run:
     def clean(self) -> None:
         """Drop the checkpoints of a finished run."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+
+@contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """Turn the refusals to write `folder` into an OutputError; torch and safetensors have errors of their own for them.
+
+    Only for what writes and does nothing else.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        why = reason(error) if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise OutputError(
+            f"{folder}: cannot be written: {why}; make room, then the same command goes on from the checkpoint before"
+        ) from None
+
+
+def _lost(folder: Path) -> str:
+    """The first file that a checkpoint lacks or that is not as long as it was; empty for a complete one."""
+    try:
+        files = read_json(folder / MARK).get("files", {})
+    except InputError:
+        return MARK
+    for name, size in files.items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            return str(name)
+    return "" if files else MARK
 
 
 def _step(folder: Path) -> int:

@@ -19,6 +19,12 @@ INTERRUPTED = 130
 
 SPACE = ("decision.roles", "decision.topologies", "decision.step_bound")
 ENDPOINT = ("endpoint.base_url", "endpoint.timeout", "endpoint.retries")
+# Without the token: what stands on a command line, every user of the machine can read.
+SERVER = ("host", "port", "name", "queue", "batch_wait_ms", "max_body", "time_limit", "drain")
+DECIDER = ("adapter", "base", "backend", "model", "batch_size", "alternatives")
+UNSURE = ("min_confidence", "target_agreement", "target_cost", "fallback")
+SERVING = (*(f"serve.{name}" for name in SERVER), *(f"infer.{name}" for name in (*DECIDER, *UNSURE)))
+EXECUTING = ("run.worker_model", "run.concurrency", "run.max_cost", "endpoint.base_url", "endpoint.timeout")
 BASES = ("models.model_dir", "models.hf_token", "models.dtype")
 
 app = typer.Typer(
@@ -77,10 +83,13 @@ def label(call: Call) -> int:
 @with_settings("train", *SPACE, *BASES)
 def train(call: Call) -> None:
     """Fine-tune a small model on labels: QLoRA on a GPU, LoRA on a CPU."""
+    from router_cli import ranks
     from router_cli.summaries.train import trained
     from router_cli.train import train
 
-    call.console.result(*trained(train(call.settings, call.console)))
+    result = train(call.settings, call.console)
+    if ranks.first():
+        call.console.result(*trained(result))
 
 
 @app.command(rich_help_panel="The loop")
@@ -88,26 +97,66 @@ def train(call: Call) -> None:
 def infer(
     call: Call, task: Annotated[str | None, typer.Argument(help="One task as text; or pass --data.")] = None
 ) -> int:
-    """Decide for one task, or for a file of them."""
+    """Decide for one task, for a file of them, or for a folder of files."""
+    from router_cli import bulk
     from router_cli.infer import infer
-    from router_cli.summaries.infer import decided
+    from router_cli.summaries.infer import decided, sharded
 
+    if bulk.wanted(call.settings):
+        shards = bulk.infer_shards(call.settings, task, call.console)
+        call.console.result(*sharded(shards))
+        return 3 if shards.skipped else 0
     result = infer(call.settings, task, call.console, call.console.confirm)
     call.console.result(*decided(result, call.console.as_json))
     return 3 if result.skipped else 0
 
 
+@app.command(rich_help_panel="The loop")
+@with_settings(None, *SERVING, *SPACE, "endpoint.base_url", "endpoint.timeout", "label.max_cost", "label.yes", *BASES)
+def serve(call: Call) -> int:
+    """Decide over HTTP: POST /v1/route, and OpenAI's chat completions."""
+    from router_cli.serve import serve
+    from router_cli.summaries.serve import served
+
+    result = serve(call.settings, call.console, call.console.confirm)
+    call.console.result(*served(result))
+    return 3 if result.cut else 0
+
+
 @app.command("eval", rich_help_panel="The loop")
-@with_settings("eval", *SPACE, *BASES)
-def evaluate(call: Call) -> None:
+@with_settings("eval", *EXECUTING, *SPACE, *BASES)
+def evaluate(
+    call: Call, runs: Annotated[list[str] | None, typer.Argument(help="More runs for --compare.")] = None
+) -> None:
     """Judge predictions against labels, or by recorded executions, and against what a router must beat."""
-    from router_cli.judging import judge, weigh
+    from router_cli.judging import judge, weigh, with_runs
     from router_cli.summaries.evaluate import judged, weighed
 
-    if call.settings.eval.outcomes is not None:
-        call.console.result(*weighed(weigh(call.settings, call.console), call.settings))
+    settings = with_runs(call.settings, runs or [])
+    if settings.eval.execute:
+        from router_cli.executing import judge_executed
+        from router_cli.summaries.run import executed
+
+        done, report = judge_executed(settings, call.console)
+        call.console.panel(executed(done))
+        call.console.result(*weighed(report, settings))
+        return
+    if settings.eval.outcomes is not None:
+        call.console.result(*weighed(weigh(settings, call.console), settings))
     else:
-        call.console.result(*judged(judge(call.settings, call.console), call.settings))
+        call.console.result(*judged(judge(settings, call.console), settings))
+
+
+@app.command(rich_help_panel="The loop")
+@with_settings("run", "infer.adapter", "infer.backend", "infer.base", "infer.model", *SPACE, *ENDPOINT, *BASES)
+def run(call: Call, task: Annotated[str, typer.Argument(help="The task as text.")]) -> None:
+    """Decide for one task, let the team of agents work on it, and print its result."""
+    from router_cli.run import run
+    from router_cli.summaries.run import ran, told
+
+    result = run(call.settings, task, call.console)
+    call.console.panel(told(result))
+    call.console.result(*ran(result))
 
 
 @app.command(rich_help_panel="Around it")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from rich.text import Text
 
 from router_cli.progress import Bar
@@ -83,7 +84,7 @@ class Console:
             bar.close()
         else:
             live = self._shared()
-            task = live.add_task(escape(title), total=total, completed=done, status="", begun=done)
+            task = live.add_task(escape(title), total=total, completed=done, status="", beside="", begun=done)
             self._open += 1
             try:
                 yield _Drawn(live, task)
@@ -96,7 +97,7 @@ class Console:
 
     def _shared(self) -> Progress:
         if self._live is None:
-            self._live = Progress(
+            self._live = _Live(
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
@@ -104,7 +105,7 @@ class Console:
                 _Rate(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[status]}", markup=False),
+                TextColumn("{task.fields[beside]}", markup=False),
                 console=self._err,
             )
             self._live.start()
@@ -140,6 +141,25 @@ class Console:
             self._err.print(shown)
 
 
+class _Live(Progress):
+    """Bars, and below them what a bar with several figures is at."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bars as a table, then a row of figures for each bar that has them."""
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if not task.finished and (figures := _several(task.fields["status"])):
+                row = Table.grid(padding=(0, 3))
+                row.add_row("", *(Text(figure, style="cyan", no_wrap=True) for figure in figures))
+                yield row
+
+
+def _several(status: str) -> list[str]:
+    """The figures of a status that has more than two of them."""
+    parts = status.split(", ")
+    return parts if len(parts) > 2 else []
+
+
 class _Rate(ProgressColumn):
     """Steps a second, or seconds a step, since this run began."""
 
@@ -164,7 +184,8 @@ class _Drawn:
         """Move the bar."""
         self._live.update(self._task, advance=steps)
         if status:
-            self._live.update(self._task, status=status)
+            # A word or two stand beside the bar, more of them below it.
+            self._live.update(self._task, status=status, beside="" if _several(status) else status)
 
 
 class _Lines:

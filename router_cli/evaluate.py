@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +17,16 @@ from router_cli import __version__
 from router_cli.dataset import read_labels
 from router_cli.errors import InputError, SettingsError
 from router_cli.progress import SILENT, Progress
-from router_cli.schema import Example, Score
-from router_cli.scoring import metrics, wording
+from router_cli.schema import Decision, Example
+from router_cli.scoring import parts, wording
 from router_cli.scoring.answers import Answers, Rows, in_order, number, read_predictions
+from router_cli.scoring.gold import About, read_about
 from router_cli.scoring.judge import judge
 from router_cli.scoring.report import write_report
-from router_cli.scoring.results import Counts, LossPoint, Report
+from router_cli.scoring.results import Counts, Flip, LossPoint, Report, Side
+from router_cli.scoring.runs import Run, runs
 from router_cli.settings import Settings
 from router_cli.space import DecisionSpace
-from router_cli.tasks import read_entries, task_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,6 +37,7 @@ FeatureFunction = Callable[[Sequence[str]], "Array"]
 """Texts to a matrix (texts, columns): a frozen model's states, for the linear probe."""
 
 ROUTER = "router"
+TAKEN = (ROUTER, "heuristic", "majority", "random", "length", "tf-idf + lr", "tf-idf + knn", "linear probe")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class _Labels:
     leaked: list[str]
     # Ids of the rows of other splits.
     elsewhere: frozenset[str]
+    # What a second file says about judged tasks of the first.
+    again: dict[str, Decision]
 
 
 def evaluate(
@@ -59,12 +62,15 @@ def evaluate(
     progress: Progress = SILENT,
     features: FeatureFunction | None = None,
     loss_log: Path | None = None,
+    name: str = ROUTER,
+    flip: Flip | None = None,
 ) -> Report:
     """Judge `eval.predictions` and write report.json and report.html into `eval.output_dir`.
 
     `features` turns texts into the linear probe's matrix; `loss_log` is a training run's loss.json, left out where it
-    does not exist. Raises SettingsError for settings that do not go together, InputError for files that cannot be
-    used, OutputError where the report cannot be written.
+    does not exist, or an earlier report.json; `name` is what the router is called; `flip` is a flip test's result.
+    Raises SettingsError for settings that do not go together, InputError for files that cannot be used, OutputError
+    where the report cannot be written.
     """
     choice = settings.eval
     if choice.predictions is None:
@@ -73,7 +79,7 @@ def evaluate(
         raise SettingsError("eval.labels: needs the label files to judge against, pass --labels FILE")
     decision = settings.decision
     space = DecisionSpace(tuple(decision.roles), tuple(decision.topologies), decision.step_bound)
-    others = _compared(choice.compare, settings.origin("eval.compare"))
+    others = runs(choice.compare, (*TAKEN, name), settings.origin("eval.compare"))
     with progress.bar("eval", 4) as bar:
         labels = _read_labels(choice.labels, choice.split, space)
         rows = read_predictions(choice.predictions)
@@ -82,26 +88,33 @@ def evaluate(
                 f"{choice.predictions}: no row answers a judged task: its ids are like "
                 f"{next(iter(rows.by_id), 'none')!r}, those of the labels like {labels.judged[0].task_id!r}"
             )
-        compared = {name: read_predictions(path) for name, path in others.items()}
-        systems = [in_order(ROUTER, "router", rows, labels.judged, space)]
-        systems += [in_order(name, "compare", found, labels.judged, space) for name, found in compared.items()]
+        compared = {one.name: read_predictions(one.predictions) for one in others}
+        systems = [in_order(name, "router", rows, labels.judged, space)]
+        systems += [in_order(one, "compare", found, labels.judged, space) for one, found in compared.items()]
         systems.append(_heuristic(labels.judged, space))
+        about = read_about(choice.labels, {example.task_id for example in labels.judged})
         bar.advance(status="baselines")
-        baselines, how = _baselines(labels, space.topologies, choice.seed, features)
+        baselines, fitted = _baselines(labels, space.topologies, choice.seed, features)
         systems += baselines
         bar.advance(status="intervals")
-        figures = judge(labels.judged, systems, space.topologies, choice.resamples, choice.seed)
-        teachers, ceiling = _teachers(labels.judged, choice.labels, choice.resamples, choice.seed)
+        how = (choice.resamples, choice.seed)
+        figures = judge(labels.judged, systems, space.topologies, *how, about)
+        figures = figures.model_copy(update={"sides": _with_loss(figures.sides, others)})
+        ceiling = parts.ceiling(labels.judged, about, labels.again, systems[0], space.topologies, *how)
+        spent = _teacher_spending(labels.judged, about, *how)
+        teachers = dict(Counter(one.teacher for one in about.values() if one.teacher))
         around = wording.Surroundings(
             counts=_counts(labels, rows, systems[0]),
             split_carried=labels.split_carried,
-            baselines_fit=how,
+            baselines_fit=fitted,
             leaked=labels.leaked,
             unusable=labels.unusable,
             teachers=teachers,
             missing_elsewhere={name: gone for name, found in compared.items() if (gone := _missing(labels, found))},
             fallbacks=sum(bool(rows.by_id.get(one.task_id, {}).get("fallback")) for one in labels.judged),
             ceiling=ceiling,
+            spending=spent,
+            flip=flip,
         )
         report = Report(
             **dict(figures),
@@ -116,8 +129,11 @@ def evaluate(
             notes=tuple(wording.notes(figures, around)),
             counts=around.counts,
             label_teachers=teachers,
+            teacher_spending=spent,
             ceiling=ceiling,
+            cost_quality=parts.cost_quality(figures.selective, ceiling, spent),
             loss=_read_loss(loss_log),
+            flip=flip,
         )
         bar.advance(status="report")
         write_report(report, choice.output_dir)
@@ -130,28 +146,17 @@ def evaluate(
 # -- reading ----------------------------------------------------------------------------------------------------
 
 
-def _compared(entries: Sequence[str], origin: str) -> dict[str, str]:
-    taken = {ROUTER, "heuristic", "majority", "random", "length", "tf-idf + lr", "tf-idf + knn", "linear probe"}
-    found: dict[str, str] = {}
-    for entry in entries:
-        name, _, path = (part.strip() for part in entry.partition("="))
-        if not name or not path:
-            raise SettingsError(f"eval.compare ({origin}): expected NAME=FILE, got {entry!r}")
-        if name in taken or name in found:
-            raise SettingsError(f"eval.compare ({origin}): the name {name!r} is taken, choose another")
-        found[name] = str(Path(path).expanduser())
-    return found
-
-
 def _read_labels(paths: list[str], split: str, space: DecisionSpace) -> _Labels:
     unusable: list[str] = []
     everything: list[Example] = []
-    for path in paths:
+    file: dict[int, int] = {}
+    for place, path in enumerate(paths):
 
         def note(line: int, text: str, why: str, path: str = path) -> None:
             unusable.append(f"{path}:{line}: {why}")
 
         everything += read_labels([path], space, on_unusable=note)
+        file |= {id(one): place for one in everything if id(one) not in file}
     files = ", ".join(paths)
     if not everything:
         first = f": {unusable[0]}" if unusable else ""
@@ -168,15 +173,19 @@ def _read_labels(paths: list[str], split: str, space: DecisionSpace) -> _Labels:
     train = [one for one in everything if one.split == "train"]
     ids, texts = {one.task_id for one in train}, {_plain(one.text) for one in train}
     names = list(dict.fromkeys(example.task_id for example in chosen))
+    # A task that another file labels too is a second opinion; one that its own file repeats is a repeated row.
+    again = {one.task_id: one.decision for one in reversed(chosen) if file[id(one)] != file[id(judged[one.task_id])]}
+    others = {(one.task_id, file[id(one)]) for one in chosen}
     return _Labels(
         judged=[judged[name] for name in names],
         train=[] if whole or split == "train" else train,
         split_carried=carried,
         total=len(everything) + len(unusable),
         unusable=unusable,
-        duplicates=len(chosen) - len(judged),
+        duplicates=len(chosen) - len(others),
         leaked=[name for name in names if name in ids or _plain(judged[name].text) in texts],
         elsewhere=frozenset(one.task_id for one in everything) - judged.keys(),
+        again=again,
     )
 
 
@@ -184,31 +193,12 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _teachers(
-    judged: Sequence[Example], paths: Sequence[str], resamples: int, seed: int
-) -> tuple[dict[str, int], Score | None]:
-    """The judged labels by teacher, and the mean agreement of the votes behind them, where the files record these."""
+def _teacher_spending(judged: Sequence[Example], about: Mapping[str, About], resamples: int, seed: int) -> Any:
     import numpy as np
 
-    found: dict[str, tuple[str, float | None]] = {}
-    for path in paths:
-        if path == "-":  # standard input cannot be read twice
-            continue
-        for _, _, row in read_entries(path):
-            try:
-                name, origin = task_of(row).id, row.get("provenance")
-            except ValueError:  # an unusable label, counted on reading
-                continue
-            if isinstance(origin, dict) and isinstance(origin.get("teacher"), str):
-                found.setdefault(name, (origin["teacher"], number(origin.get("agreement"), 0, 1)))
-            elif "messages" not in row and "decision" in row:
-                found.setdefault(name, ("recorded", None))
-    known = [found[example.task_id] for example in judged if example.task_id in found]
-    votes = np.array([agreement for _, agreement in known if agreement is not None])
-    if not len(votes):
-        return dict(Counter(name for name, _ in known)), None
-    resampled = metrics.bootstrap({"votes": partial(metrics.mean, votes)}, len(votes), resamples, seed)
-    return dict(Counter(name for name, _ in known)), resampled.score("votes")
+    nothing = (np.nan,) * 4
+    spent = [about[one.task_id].spent if one.task_id in about else nothing for one in judged]
+    return parts.spending(np.array(spent).T, resamples, seed)
 
 
 def _read_loss(path: Path | None) -> tuple[LossPoint, ...] | None:
@@ -218,11 +208,23 @@ def _read_loss(path: Path | None) -> tuple[LossPoint, ...] | None:
         lines = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON: {error}") from None
+    if isinstance(lines, dict):  # the report of an earlier evaluation
+        lines = lines.get("loss") or []
     if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
         raise InputError(f"{path}: expected a list of objects with step, loss and eval_loss")
-    points = [(number(one.get("step")), number(one.get("loss")), number(one.get("eval_loss"))) for one in lines]
+    return _points(lines)
+
+
+def _points(lines: object) -> tuple[LossPoint, ...] | None:
+    rows = [one for one in lines if isinstance(one, dict)] if isinstance(lines, list) else []
+    points = [(number(one.get("step")), number(one.get("loss")), number(one.get("eval_loss"))) for one in rows]
     kept = [(step, loss, held) for step, loss, held in points if step is not None and (loss, held) != (None, None)]
     return tuple(LossPoint(step=step, loss=loss, eval_loss=held) for step, loss, held in kept) or None
+
+
+def _with_loss(sides: Sequence[Side], others: Sequence[Run]) -> tuple[Side, ...]:
+    logs = {one.name: _points(one.report.get("loss")) for one in others}
+    return tuple(side.model_copy(update={"loss": logs.get(side.name)}) for side in sides)
 
 
 # -- answers ----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
 from router_cli.backends import space_from
 from router_cli.backends.local import calibration_of, read_meta, space_of
@@ -116,7 +117,10 @@ class Fallback:
         self.counts[given.name.partition(" ")[0] if given.decision else "none"] += 1
         self.usage = total(self.usage, given.usage)
         share = row.topologies[given.decision.topology] if row.topologies and given.decision else None
-        return row.model_copy(update={"decision": given.decision, "fallback": given.name, "probability": share})
+        told: dict[str, Any] = {"decision": given.decision, "fallback": given.name, "probability": share}
+        if given.usage.prompt_tokens:  # what was paid for; the router's own tokens have no price
+            told["usage"] = given.usage
+        return row.model_copy(update=told)
 
 
 def check(settings: Settings) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -89,9 +89,10 @@ def infer(
                     counted = None if "-" in settings.infer.data else rest
                     unsure = fallback.make_fallback(settings, first, counted, progress, confirm)
                     stack.enter_context(unsure)
-                backend = backend or make_backend(settings, progress)
-                rows = predict(backend, batch)
-                for row in unsure.apply(batch, rows) if unsure else rows:
+                if backend is None:
+                    backend = make_backend(settings, progress)
+                    stack.callback(backend.close)
+                for row in decisions(backend, unsure, batch):
                     if writer:
                         writer.append(row)
                     else:
@@ -117,6 +118,12 @@ def _tasks(settings: Settings, text: str | None, skipped: list[int]) -> Iterator
     return (task for task in read_tasks(settings.infer.data, on_bad=on_bad) if wanted in ("all", task.split))
 
 
+def decisions(backend: Backend, unsure: fallback.Fallback | None, tasks: list[Task]) -> Iterable[Prediction]:
+    """One prediction a task, in order; those that are not sure enough decided by `unsure`, as they are taken."""
+    rows = predict(backend, tasks)
+    return unsure.apply(tasks, rows) if unsure else rows
+
+
 def predict(backend: Backend, tasks: list[Task]) -> list[Prediction]:
     """One prediction a task, in order."""
     return [
@@ -130,6 +137,7 @@ def predict(backend: Backend, tasks: list[Task]) -> list[Prediction]:
             milliseconds=round(choice.milliseconds, 3),
             fallback=choice.fallback,
             alternatives=choice.alternatives,
+            usage=choice.usage,
         )
         for task, choice in zip(tasks, backend.decide([task.text for task in tasks]), strict=True)
     ]
@@ -138,9 +146,9 @@ def predict(backend: Backend, tasks: list[Task]) -> list[Prediction]:
 _OF_THE_TEACHER = {"teacher", "model", "strategy", "temperature", "examples", "shots"}
 
 
-def _identity(settings: Settings) -> dict[str, object]:
+def identity(settings: Settings) -> dict[str, object]:
     """What makes two calls write the same rows into one file."""
-    chosen = settings.infer.model_dump(mode="json", exclude={"output", "batch_size", "limit"})
+    chosen = settings.infer.model_dump(mode="json", exclude={"output", "batch_size", "limit", "engine", "workers"})
     adapter = settings.infer.adapter
     # An adapter that was trained anew stands under the same name.
     trained = file_sha256(adapter / META) if adapter and (adapter / META).is_file() else None
@@ -163,7 +171,7 @@ def _continued(output: Path, settings: Settings) -> list[str]:
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
     note = output.with_name(f".{output.name}.infer.json")
-    mine = _identity(settings)
+    mine = identity(settings)
     if not output.exists() or output.stat().st_size == 0:
         write_json(note, mine)
         return []

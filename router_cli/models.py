@@ -148,6 +148,25 @@ def _from_hub(name: str, settings: Settings, progress: Progress) -> BaseModel:
     return BaseModel(name, Path(folder), "hub", revision)
 
 
+def hub_description(name: str, settings: Settings) -> BaseModel:
+    """What the Hub says of the model `name`, without its weights: configuration and tokenizer, a few MB at most.
+
+    Raises ModelError where it sends none.
+    """
+    from huggingface_hub import snapshot_download
+
+    with _hub_refusals(name):
+        revision = hub_revision(name, settings)
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=settings.models.model_dir,
+            token=_token(settings),
+            allow_patterns=["config.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json"],
+        )
+    return BaseModel(name, Path(folder), "hub", revision)
+
+
 def hub_revision(name: str, settings: Settings, seconds: float = HUB_SECONDS) -> str | None:
     """The revision of `name` that the Hub would send; nothing is fetched. Raises ModelError where it sends none."""
     from huggingface_hub import HfApi

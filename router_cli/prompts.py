@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,18 @@ _RUBRIC = {
     "max_steps the number of roles + 1, or + 3 for four or more parts or an unknown cause.",
 }
 
+TEMPLATE_OPTIONS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+"""What chat templates are told. Llama 3.2's prints the day: what a router is asked must not change overnight, so it is
+always the day that this template falls back to."""
+
+_OPENINGS = (
+    "You are a meta-router. Answer in JSON.",
+    "You are a meta-router for coding agents. Reply with one JSON object.",
+    "Choose a formation of agents for the task. Answer in JSON.",
+    "Route the task: name the formation of agents that it needs, as JSON.",
+)
+_HEADERS = ("Task: ", "Task:\n", "The task: ", "Request: ", "")
+
 _LEANING = {
     "balanced": "In doubt take the cheaper formation: single, chain, decentralized, centralized, in this order.",
     "prefer-single": "Lean towards single: take more than one role only where one agent would clearly fail.",
@@ -72,14 +85,46 @@ class Tokenizer(Protocol):
 # -- messages -------------------------------------------------------------------------------------------------
 
 
-def router_messages(text: str, space: DecisionSpace) -> tuple[Message, Message]:
-    """The system and user message that ask a router about one task."""
-    meanings = "; ".join(f"{name}: {_MEANING[name]}" for name in space.topologies)
-    system = (
-        f"You are a meta-router. Answer in JSON.\nRoles: {', '.join(space.roles)}\n{meanings}\n"
-        f"max_steps: up to {space.step_bound}"
-    )
-    return Message(role="system", content=system), Message(role="user", content=f"Task: {text}")
+@dataclass(frozen=True)
+class Wording:
+    """How a router is asked, beside what: the words around the task, and the order in which the choices are listed."""
+
+    opening: str
+    roles: tuple[str, ...]
+    topologies: tuple[str, ...]
+    header: str
+
+
+def served_wording(space: DecisionSpace) -> Wording:
+    """The one wording that routers are asked in."""
+    return Wording(_OPENINGS[0], space.roles, space.topologies, _HEADERS[0])
+
+
+def other_wordings(space: DecisionSpace, count: int, key: str) -> list[Wording]:
+    """`count` other wordings, drawn by `key`, under which every decision stays as right as it was.
+
+    The task's own words stay. Roles and topologies are listed in another order, but the decision's roles are not
+    touched: a chain's are its stages, whatever the list, and all others' have the order of `space`, which is the only
+    one that serving can give.
+    """
+    draw = random.Random(key)
+    return [
+        Wording(
+            draw.choice(_OPENINGS),
+            tuple(draw.sample(space.roles, len(space.roles))),
+            tuple(draw.sample(space.topologies, len(space.topologies))),
+            draw.choice(_HEADERS),
+        )
+        for _ in range(count)
+    ]
+
+
+def router_messages(text: str, space: DecisionSpace, wording: Wording | None = None) -> tuple[Message, Message]:
+    """The system and user message that ask a router about one task; a `wording` other than the served one trains."""
+    asked = wording or served_wording(space)
+    meanings = "; ".join(f"{name}: {_MEANING[name]}" for name in asked.topologies)
+    system = f"{asked.opening}\nRoles: {', '.join(asked.roles)}\n{meanings}\nmax_steps: up to {space.step_bound}"
+    return Message(role="system", content=system), Message(role="user", content=f"{asked.header}{text}")
 
 
 def teacher_messages(
@@ -194,20 +239,29 @@ class Encoded:
     cut_tokens: int = 0
 
 
-def encode_prompt(text: str, space: DecisionSpace, tokenizer: Tokenizer) -> list[int]:
+def encode_prompt(text: str, space: DecisionSpace, tokenizer: Tokenizer, wording: Wording | None = None) -> list[int]:
     """The prompt's token ids, up to where the answer begins; a thinking mode of the template is off.
 
-    A special token that the task's text spells out is broken by a space: it would end the user's turn.
+    A special token that the task's text spells out is broken by a space: it would end the user's turn. Llama's
+    templates print a date, the same one every day.
     """
+    messages = [message.model_dump() for message in router_messages(_broken(text, tokenizer), space, wording)]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **TEMPLATE_OPTIONS)
+    # The template writes the special tokens itself: adding them again would double the BOS of Llama-like models.
+    return _ids(rendered, tokenizer)
+
+
+def _broken(text: str, tokenizer: Tokenizer) -> str:
+    """`text` with a space in every special token that it spells out."""
     for token in tokenizer.added_tokens_decoder.values():
         if token.special and str(token) in text:
             text = text.replace(str(token), f"{str(token)[:1]} {str(token)[1:]}")
-    messages = [message.model_dump() for message in router_messages(text, space)]
-    rendered = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
-    # The template writes the special tokens itself: adding them again would double the BOS of Llama-like models.
-    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    return text
+
+
+def _ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    # Not verbose: that a text is longer than the model's context is said, or mended, by who asks.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def encode_answer(decision: Decision, tokenizer: Tokenizer) -> list[int]:
@@ -223,7 +277,12 @@ def end_token(tokenizer: Tokenizer) -> int:
 
 
 def encode_example(
-    text: str, decision: Decision, space: DecisionSpace, tokenizer: Tokenizer, max_length: int
+    text: str,
+    decision: Decision,
+    space: DecisionSpace,
+    tokenizer: Tokenizer,
+    max_length: int,
+    wording: Wording | None = None,
 ) -> Encoded:
     """A task and its decision as tokens, at most `max_length` of them.
 
@@ -231,16 +290,19 @@ def encode_example(
     Raises ValueError where even an empty task does not fit.
     """
     answer = encode_answer(decision, tokenizer)
-    prompt, cut = fit_prompt(text, space, tokenizer, max_length - len(answer))
+    prompt, cut = fit_prompt(text, space, tokenizer, max_length - len(answer), wording)
     return Encoded(prompt + answer, len(prompt), cut)
 
 
-def fit_prompt(text: str, space: DecisionSpace, tokenizer: Tokenizer, budget: int) -> tuple[list[int], int]:
+def fit_prompt(
+    text: str, space: DecisionSpace, tokenizer: Tokenizer, budget: int, wording: Wording | None = None
+) -> tuple[list[int], int]:
     """The prompt of a task within `budget` tokens, and how many tokens of the task were cut from its middle."""
-    prompt = encode_prompt(text, space, tokenizer)
+    prompt = encode_prompt(text, space, tokenizer, wording)
     if len(prompt) <= budget:
         return prompt, 0
-    words = tokenizer(text, add_special_tokens=False)["input_ids"]
+    # Broken as they will be asked: whole, special tokens would count as one word each.
+    words = _ids(_broken(text, tokenizer), tokenizer)
     keep = len(words) - (len(prompt) - budget)
     while keep > 0:
         # Cutting between tokens can change how the rest is tokenised by a few, so the loop tightens until it fits.
@@ -248,7 +310,7 @@ def fit_prompt(text: str, space: DecisionSpace, tokenizer: Tokenizer, budget: in
         head = str(tokenizer.decode(words[: (keep + 1) // 2])).rstrip("\ufffd").rstrip()
         tail = str(tokenizer.decode(words[len(words) - keep // 2 :])).lstrip("\ufffd").lstrip()
         shorter = f"{head} … {tail}"
-        prompt = encode_prompt(shorter, space, tokenizer)
+        prompt = encode_prompt(shorter, space, tokenizer, wording)
         if len(prompt) <= budget:
             return prompt, len(words) - keep
         keep -= max(1, len(prompt) - budget)

@@ -20,8 +20,10 @@ from router_cli.infer import infer, predict
 from router_cli.jsonl import read_json
 from router_cli.label import label
 from router_cli.progress import SILENT, Progress
+from router_cli.replay import replay, write_tasks
 from router_cli.schema import Prediction, Task
 from router_cli.scoring.results import Report
+from router_cli.scoring.worth_results import WorthReport
 from router_cli.sections import DecisionSettings
 from router_cli.settings import Settings
 from router_cli.tasks import OWN_TASKS
@@ -32,6 +34,10 @@ EXAMPLES = (
     "Check twelve unrelated shell scripts for unquoted variables; each is its own report.",
     "Move user sessions from cookies to Redis while the web servers, the mobile API and the admin tool stay in step.",
 )
+
+WORTH: dict[str, Any] = {"eval__outcomes": "humaneval-mapcoder", "eval__worker": "gpt-4-turbo"}
+WORTH_TASKS = 32
+"""Of its 164 tasks: as many as are decided in a few seconds, evenly spread. They tell little, and the panel says so."""
 
 TRAINING: dict[str, Any] = {
     "train__epochs": 1,
@@ -57,6 +63,7 @@ class Quickstart:
     seconds: dict[str, float] = field(default_factory=dict)
     trained: TrainResult | None = None
     report: Report | None = None
+    worth: WorthReport | None = None
     examples: list[tuple[str, Prediction]] = field(default_factory=list)
 
 
@@ -115,7 +122,25 @@ def quickstart(settings: Settings, progress: Progress = SILENT) -> Quickstart:
             eval__compare=[f"untrained base={outputs['untrained']}"],
         )
         run.report = evaluate(judged, progress, _features(judged, progress), folder / "adapter" / "loss.json")
+    with _timed("worth", seconds):
+        run.worth = _worth(trained, folder / "worth", progress)
     return run
+
+
+def _worth(settings: Settings, folder: Path, progress: Progress) -> WorthReport:
+    """What the trained router's decisions would have been worth where two formations' runs are recorded."""
+    settings = settings.with_values(
+        **WORTH,
+        eval__output_dir=folder,
+        eval__split="all",
+        eval__predictions=str(folder / "predictions.jsonl"),
+        infer__split="all",
+        infer__output=str(folder / "predictions.jsonl"),
+    )
+    infer(
+        settings.with_values(infer__data=[write_tasks(settings, folder / "tasks.jsonl", WORTH_TASKS)]), None, progress
+    )
+    return replay(settings)  # in silence: of so few tasks it would warn, and the panel says how few there are
 
 
 def _features(settings: Settings, progress: Progress) -> Any:

@@ -16,8 +16,9 @@ from router_cli.errors import InputError, SettingsError, UsageError
 from router_cli.jsonl import write_rows
 from router_cli.progress import SILENT, Progress
 from router_cli.scoring.answers import number, read_predictions
-from router_cli.scoring.outcomes import read_outcomes, tables
+from router_cli.scoring.outcomes import TOPOLOGIES, read_outcomes, tables
 from router_cli.scoring.policies import Wish, keyed
+from router_cli.scoring.runs import runs
 from router_cli.scoring.worth import Choosing, System, weigh
 from router_cli.scoring.worth_report import write_report
 from router_cli.scoring.worth_results import WorthReport
@@ -88,8 +89,8 @@ def replay(settings: Settings, progress: Progress = SILENT) -> WorthReport:
     return report
 
 
-def write_tasks(settings: Settings, output: Path) -> str:
-    """Write the tasks of `eval.outcomes` that have a text, for `infer` to decide; the file's path.
+def write_tasks(settings: Settings, output: Path, sample: int | None = None) -> str:
+    """Write the tasks of `eval.outcomes` that have a text (`sample` of them, evenly spread), for `infer`; the path.
 
     Raises InputError where none has.
     """
@@ -99,7 +100,9 @@ def write_tasks(settings: Settings, output: Path) -> str:
     texts = {task: text for (_, task), text in recorded.texts.items()}
     if not texts:
         raise InputError(f"{choice.outcomes}: no row brings a task's text; predict yourself and pass --predictions")
-    write_rows(output, ({"task_id": name, "task": text, "split": split.get(name)} for name, text in texts.items()))
+    count = min(len(texts), sample or len(texts))
+    chosen = [list(texts)[i * len(texts) // count] for i in range(count)]
+    write_rows(output, ({"task_id": name, "task": texts[name], "split": split.get(name)} for name in chosen))
     return str(output)
 
 
@@ -108,15 +111,9 @@ def _systems(settings: Settings, space: DecisionSpace) -> list[System]:
     if choice.predictions is not None:
         found.append(System(ROUTER, "router", _wishes(choice.predictions, space)))
     taken = {ROUTER, "teacher's labels", "oracle", "cascade", "knn", "same-mix coin", "same-cost coin"}
-    for entry in choice.compare:
-        name, _, path = (part.strip() for part in entry.partition("="))
-        origin = settings.origin("eval.compare")
-        if not name or not path:
-            raise SettingsError(f"eval.compare ({origin}): expected NAME=FILE, got {entry!r}")
-        if name in taken or name.startswith("always "):
-            raise SettingsError(f"eval.compare ({origin}): the name {name!r} is taken, choose another")
-        taken.add(name)
-        found.append(System(name, "compare", _wishes(str(Path(path).expanduser()), space)))
+    taken |= {f"always {name}" for name in TOPOLOGIES}
+    for run in runs(choice.compare, taken, settings.origin("eval.compare")):
+        found.append(System(run.name, "compare", _wishes(run.predictions, space)))
     if choice.labels:
         labelled: dict[str, Wish] = {}
         for example in read_labels(list(choice.labels), space, on_unusable=lambda *_: None):

@@ -123,7 +123,7 @@ class Prediction(Record):
     """One row of `router infer`. `probability` is that of the chosen topology.
 
     `fallback` names who decided in the router's place; `decision` is None where nobody did. `alternatives`, the
-    likeliest first, are there only where they were asked for.
+    likeliest first, are there only where they were asked for, and `usage` only where somebody counted it.
     """
 
     task_id: str
@@ -135,12 +135,15 @@ class Prediction(Record):
     milliseconds: float
     fallback: str | None = None
     alternatives: tuple[Alternative, ...] | None = None
+    usage: Usage | None = None
 
     @model_serializer(mode="wrap")
     def _without_absent(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         row: dict[str, Any] = dump(self)
         if self.alternatives is None:
             row.pop("alternatives", None)
+        if self.usage is None:
+            row.pop("usage", None)
         return row
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
 from router_cli.schema import Topology
 
 SMALL_MODEL = "smollm2-135m"
+TOPOLOGY_NAMES = get_args(Topology)
 # Recorded executions that come with the project (data/outcomes/).
 OUTCOME_TABLES = ("humaneval-mapcoder", "mbpp-mapcoder", "mbpp-et-mapcoder", "xcodeeval-mapcoder")
 MOST_EXAMPLES = 64
@@ -44,7 +45,17 @@ def _fallback(value: str | None) -> str | None:
     return value
 
 
+def _token(value: SecretStr | None) -> SecretStr | None:
+    if value is not None:
+        text = value.get_secret_value()
+        # It goes into a header.
+        if len(text) < 16 or not text.isascii() or not text.isprintable() or " " in text:
+            raise ValueError("must be 16 or more ASCII characters without spaces")
+    return value
+
+
 Names = Annotated[list[str], BeforeValidator(_split), AfterValidator(_distinct)]
+Exports = Annotated[list[Literal["merged", "gguf"]], BeforeValidator(_split), AfterValidator(_distinct)]
 Files = Annotated[list[str], BeforeValidator(_split), AfterValidator(_files)]
 File = Annotated[str, AfterValidator(os.path.expanduser)]
 Folder = Annotated[Path, AfterValidator(Path.expanduser)]
@@ -209,10 +220,34 @@ class TrainSettings(Section):
     topology_passes: int = Field(
         0, ge=0, description="More lessons a task that end at the topology: cheap ones in the choice alone."
     )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="Weigh the topology's choice so that rare topologies count as much as frequent ones."
+    )
+    augment: int = Field(
+        0, ge=0, le=8, description="More lessons a task, each asked in other words around the task's own."
+    )
     validation_share: float = Field(
         0.15, ge=0, lt=1, description="Share held out where the rows bring no split of their own."
     )
+    eval_steps: int | None = Field(
+        None, ge=1, description="Decide the held-out tasks every N steps (default: after each epoch of the later half)."
+    )
+    patience: int | None = Field(
+        None, ge=1, description="Stop after N looks at the held-out tasks without a better macro-F1."
+    )
+    export: Exports = Field(
+        [],
+        description="Write the trained router as a model of its own too: merged (transformers, vLLM), gguf (llama.cpp).",
+    )
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = Field(
+        "none", description="Send the log to a tracker too; tensorboard writes below --output-dir."
+    )
     download_model: bool = Field(False, description="Fetch the base model and stop if there is no --data.")
+    estimate: bool = Field(False, description="Print what training will take (memory, time, money) and stop.")
+    check_memory: bool = Field(True, description="Refuse to start what cannot fit into the memory that is free.")
+    price_per_hour: float | None = Field(
+        None, gt=0, description="US dollars for an hour of one GPU, for the estimate and the bill so far."
+    )
 
 
 class InferSettings(Section):
@@ -227,6 +262,12 @@ class InferSettings(Section):
     backend: Literal["local", "remote", "heuristic"] = Field("local", description="What decides.")
     model: str | None = Field(None, description="Model name on the remote server.")
     batch_size: int = Field(32, ge=1, description="Tasks decided at once.")
+    engine: Literal["local", "ray"] = Field(
+        "local", description="Who goes over a folder of shards: this process, or the workers of a Ray cluster."
+    )
+    workers: int | None = Field(
+        None, ge=1, description="Workers of --engine ray (default: one a GPU, or one a machine)."
+    )
     alternatives: int | None = Field(
         None, ge=1, le=1000, description="Also give the N most likely decisions, each with its probability."
     )
@@ -251,6 +292,26 @@ class InferSettings(Section):
     skip_bad_lines: bool = Field(False, description="Record unreadable lines and go on.")
 
 
+class ServeSettings(Section):
+    """`router serve`."""
+
+    host: str = Field(
+        "127.0.0.1", min_length=1, description="Address to listen at; another than this machine's needs a token."
+    )
+    port: int = Field(8808, ge=0, le=65535, description="Port to listen at; 0 takes a free one.")
+    token: Annotated[SecretStr | None, AfterValidator(_token)] = Field(
+        None, description="What clients have to send as their API key."
+    )
+    name: str = Field("router", min_length=1, description="Model name for chat completions.")
+    queue: int = Field(512, ge=1, le=100_000, description="Tasks that may wait; who comes then gets 429.")
+    batch_wait_ms: float = Field(
+        5.0, ge=0, le=10_000, description="Milliseconds that an idle model waits for more tasks to share a batch."
+    )
+    max_body: int = Field(1_048_576, ge=1024, description="Bytes of a request, at most.")
+    time_limit: float = Field(60.0, gt=0, description="Seconds until a request is given up.")
+    drain: int = Field(30, ge=1, description="Seconds that requests in flight have to end, when the server is told to.")
+
+
 class EvalSettings(Section):
     """`router eval`."""
 
@@ -258,7 +319,12 @@ class EvalSettings(Section):
     labels: Files = Field([], description="Label files to judge against; rows of the training split fit the baselines.")
     adapter: Folder | None = Field(None, description="Predict with this adapter first.")
     data: Files = Field([], description="Label files to predict and judge against, with --adapter.")
-    compare: Names = Field([], description="More predictions to judge beside: NAME=FILE, separated by commas.")
+    compare: Names = Field(
+        [], description="More routers to judge beside: NAME=FILE, files or run folders, separated by commas."
+    )
+    flip: int | None = Field(
+        None, ge=1, description="Ask about N judged tasks otherwise, and report what changes; with --adapter."
+    )
     probe: str | None = Field(None, description="Frozen base model for the linear-probe baseline.")
     outcomes: File | None = Field(
         None,
@@ -272,9 +338,42 @@ class EvalSettings(Section):
         description="US dollars that an unsolved task costs beside its runs, with --outcomes (default: no bill).",
     )
     split: Literal["train", "validation", "test", "all"] = Field("test", description="Which rows to judge on.")
+    execute: bool = Field(
+        False, description="Let teams of --worker-model work on the tasks of --data, which have hidden tests, first."
+    )
+    allow_code_execution: bool = Field(
+        False, description="Run the code that models write, in the sandbox, with --execute."
+    )
+    repeats: int = Field(1, ge=1, le=1000, description="Executions of each task by each topology, with --execute.")
+    limit: int | None = Field(None, ge=1, description="Execute only the first N tasks, with --execute.")
     output_dir: Folder = Field(Path("outputs/eval"), description="Folder for report.json and report.html.")
     resamples: int = Field(2000, ge=100, le=100_000, description="Bootstrap resamples for intervals.")
     seed: int = Field(42, ge=0, description="Seed of the resampling and of the random baseline.")
+
+
+class RunSettings(Section):
+    """`router run`."""
+
+    worker_model: str = Field("gpt-4o-mini", min_length=1, description="Model that speaks for every role of the team.")
+    decision: str | None = Field(
+        None, description="A topology, or a whole decision as JSON, in place of a router's.", examples=[*TOPOLOGY_NAMES]
+    )
+    output_dir: Folder = Field(Path("outputs/runs"), description="Folder for the traces.")
+    temperature: float = Field(0.2, ge=0, le=2, description="Sampling temperature of the worker.")
+    answer_tokens: int = Field(
+        4096, ge=16, le=65_536, description="Tokens of an answer; more once answers were cut there."
+    )
+    concurrency: int = Field(16, ge=1, le=1024, description="Requests in flight at once.")
+    rpm: float | None = Field(None, gt=0, description="Requests a minute (default: as the endpoint's headers say).")
+    max_cost: float | None = Field(
+        None, ge=0, description="Hard cap in US dollars: no request is sent whose worst case would pass it."
+    )
+    price_in: float | None = Field(
+        None, ge=0, description="US dollars for a million prompt tokens (default: the price list's)."
+    )
+    price_out: float | None = Field(
+        None, ge=0, description="US dollars for a million answer tokens (default: the price list's)."
+    )
 
 
 class QuickstartSettings(Section):

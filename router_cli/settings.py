@@ -27,7 +27,9 @@ from router_cli.sections import (
     LabelSettings,
     ModelSettings,
     QuickstartSettings,
+    RunSettings,
     Section,
+    ServeSettings,
     TrainSettings,
 )
 
@@ -44,7 +46,9 @@ class Settings(Section):
     label: LabelSettings = LabelSettings()
     train: TrainSettings = TrainSettings()
     infer: InferSettings = InferSettings()
+    serve: ServeSettings = ServeSettings()
     eval: EvalSettings = EvalSettings()
+    run: RunSettings = RunSettings()
     quickstart: QuickstartSettings = QuickstartSettings()
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)

@@ -5,27 +5,31 @@ The folder it writes:
     adapter_config.json, adapter_model.safetensors    the adapter, as PeftModel.from_pretrained reads it
     tokenizer.json, tokenizer_config.json, ...        the tokenizer
     router_lora_meta.json                             written last: a folder that has it is a finished router
-    loss.json, loss.svg, README.md                    the log, its picture, the model card
+    loss.json, curves.png, README.md                  the log, its picture, the model card
+    merged/, gguf/                                    with --export: the router as a model of its own
+    runs/                                             with --report-to tensorboard: its event files
     checkpoints/                                      what a continued run needs
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from router_cli import __version__, dataset, models, prompts
+from router_cli import __version__, dataset, export, lessons, models, prompts, qlora, ranks
 from router_cli.backends import space_from
 from router_cli.backends.decoding import Decoder
 from router_cli.backends.device import best_device, fast_dtype
 from router_cli.backends.local import META, load, merged, quiet, serving_dtype
+from router_cli.card import write_card
 from router_cli.checkpoints import Run
-from router_cli.errors import TrainingError, UsageError
+from router_cli.errors import UsageError
 from router_cli.jsonl import replacing, write_json, writing
 from router_cli.models import file_sha256
 from router_cli.progress import SILENT, Progress
@@ -33,6 +37,7 @@ from router_cli.schema import Example
 from router_cli.scoring.calibration import Calibration, fit
 from router_cli.settings import Settings
 from router_cli.space import DecisionSpace
+from router_cli.watch import terminable
 
 
 @dataclass(frozen=True)
@@ -49,36 +54,55 @@ class TrainResult:
     last_loss: float | None = None
     validation_macro_f1: float | None = None
     already_done: bool = False
+    exported: tuple[Path, ...] = ()
 
 
+@terminable()
 def train(settings: Settings, progress: Progress = SILENT) -> TrainResult:
     """Fine-tune the router that `settings.train` describes; continue an unfinished run of the same settings.
 
     Raises TrainingError for data or settings that cannot work, ModelError for the base model, InputError for label
-    files. Ctrl-C writes a checkpoint and raises KeyboardInterrupt.
+    files. Ctrl-C and SIGTERM write a checkpoint and raise KeyboardInterrupt.
     """
     options = settings.train
     if options.bf16 and options.fp16:
         raise UsageError("--bf16 and --fp16 exclude each other")
-    if options.train_on_inputs and options.topology_passes + options.topology_weight > 0:
+    weighed = options.topology_passes + options.topology_weight > 0 or options.class_weights != "none"
+    if options.train_on_inputs and weighed:
         raise UsageError(
-            "--train-on-inputs learns all tokens alike: it excludes --topology-passes and --topology-weight"
+            "--train-on-inputs learns all tokens alike: it excludes --topology-passes, --topology-weight and "
+            "--class-weights"
         )
     if not options.data:
         if not options.download_model:
             raise UsageError("nothing to train on: pass --data FILE with labels (`router label` makes them)")
         return TrainResult(None, models.resolve(options.model, settings, progress))
+    if options.report_to != "none" and importlib.util.find_spec(options.report_to) is None:
+        raise UsageError(f"--report-to {options.report_to} needs a package: pip install {options.report_to}")
+    progress = progress if ranks.first() else SILENT
     space = _space(settings)
     data = dataset.build(settings, space)
     for warning in data.warnings:
         progress.warn(warning)
-    base = models.resolve(options.model, settings, progress)
+    ranks.join()
+    with ranks.first_goes_ahead():
+        base = models.resolve(options.model, settings, progress)
+    export.check(base, options.export)
     run = Run(options.output_dir, _fingerprint(settings, space))
     if done := run.finished():
         progress.notice(f"{options.output_dir} already holds this very adapter; nothing to do")
-        return _result(done["metrics"], options.output_dir, base, already_done=True)
-    run.begin()
-    return _fit(settings, space, data, base, run, progress)
+        made = _exported(settings, progress)
+        return replace(_result(done["metrics"], options.output_dir, base, already_done=True), exported=made)
+    ranks.wait()  # until all have seen that nothing is finished here
+    with ranks.first_goes_ahead():
+        run.begin()
+    result = _fit(settings, space, data, base, run, progress)
+    return replace(result, exported=_exported(settings, progress))
+
+
+def _exported(settings: Settings, progress: Progress) -> tuple[Path, ...]:
+    kinds = settings.train.export if ranks.first() else ()
+    return tuple(export.export(settings.train.output_dir, kinds, settings, progress)) if kinds else ()
 
 
 def _space(settings: Settings) -> DecisionSpace:
@@ -91,7 +115,7 @@ def _space(settings: Settings) -> DecisionSpace:
 
 
 # What may change between a run and its continuation without making it another run.
-_NEUTRAL = {"output_dir", "data", "logging_steps", "save_steps", "save_total_limit", "download_model"}
+_NEUTRAL = {"output_dir", "data", "logging_steps", "save_steps", "save_total_limit", "download_model", "export", "report_to"}
 
 
 def _fingerprint(settings: Settings, space: DecisionSpace) -> dict[str, Any]:
@@ -106,6 +130,7 @@ def _fingerprint(settings: Settings, space: DecisionSpace) -> dict[str, Any]:
         "step_bound": space.step_bound,
         "prompt_version": prompts.PROMPT_VERSION,
         "models.dtype": settings.models.dtype,
+        **({"processes": ranks.count()} if ranks.count() > 1 else {}),
     }
 
 
@@ -126,21 +151,27 @@ def _fit(
     from router_cli import trainer
 
     started, options = time.perf_counter(), settings.train
+    with ranks.first_goes_ahead():
+        # Which type is fast is measured: a busy machine could say otherwise when the run goes on.
+        settings = settings.with_values(models__dtype=run.pinned("dtype", lambda: _name(serving_dtype(settings))))
     model, tokenizer = _load(settings, base, progress)
-    rows = _encode(data.train, space, tokenizer, options.max_length, progress)
+    lessons.check_model(model, tokenizer, space, base.name, progress)
+    rows = lessons.encode(data.train, space, tokenizer, options.max_length, progress, options.augment, options.seed)
     fitted = trainer.fit(model, tokenizer, space, rows, data.validation, settings, run, progress)
     metrics = {
         "steps": fitted.steps,
         "seconds": round(time.perf_counter() - started, 1),
-        "train_examples": len(rows),
+        "train_examples": len(data.train),
         "validation_examples": len(data.validation),
         "first_loss": fitted.losses[0] if fitted.losses else None,
         "last_loss": fitted.losses[-1] if fitted.losses else None,
         "validation_macro_f1": fitted.best_score,
         "best_epoch": fitted.best_epoch,
     }
-    _write(settings, space, data, base, run, fitted, tokenizer, metrics, progress)
-    run.clean()
+    ranks.leave()
+    if ranks.first():
+        _write(settings, space, data, base, run, fitted, tokenizer, metrics, progress)
+        run.clean()
     return _result(metrics, options.output_dir, base, already_done=False)
 
 
@@ -157,55 +188,20 @@ def _load(settings: Settings, base: models.BaseModel, progress: Progress) -> tup
             progress.warn(f"--{name} is slow on this CPU: training in float32 instead")
             options["dtype"] = torch.float32
     if train.use_4bit:
-        if quantised := _four_bit(options.get("dtype")):
-            options |= {"quantization_config": quantised, "device_map": {"": 0}}
-        else:
-            progress.warn("--use-4bit needs a CUDA GPU and bitsandbytes: going on with plain LoRA")
+        computed = options.get("dtype") or serving_dtype(settings)
+        if quantised := qlora.configuration(base, device, computed, progress):
+            place = torch.cuda.current_device() if device == "cuda" else "cpu"
+            options |= {"quantization_config": quantised, "dtype": computed, "device_map": {"": place}}
+    elif ranks.sharded():
+        options["device_map"] = None  # no GPU takes the whole model: its parts are dealt out from the CPU
     model, tokenizer = load(base, settings, **options)
     if "quantization_config" in options:
-        from peft import prepare_model_for_kbit_training
-
-        model = prepare_model_for_kbit_training(
-            model,
-            use_gradient_checkpointing=train.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-        )
+        model = qlora.prepared(model, train.gradient_checkpointing)
     return model, tokenizer
 
 
-def _four_bit(dtype: Any) -> Any:
-    """NF4 with double quantisation, as QLoRA has it (Dettmers et al. 2023); None where it cannot be had."""
-    import importlib.util
-
-    import torch
-
-    if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
-        return None
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype or getattr(torch, fast_dtype("cuda")),
-    )
-
-
-def _encode(
-    examples: Sequence[Example], space: DecisionSpace, tokenizer: Any, max_length: int, progress: Progress
-) -> list[prompts.Encoded]:
-    encoded = []
-    for example in examples:
-        try:
-            encoded.append(prompts.encode_example(example.text, example.decision, space, tokenizer, max_length))
-        except ValueError as error:
-            raise TrainingError(f"example {example.task_id}: {error}; raise --max-length") from None
-    if cut := sum(one.cut_tokens > 0 for one in encoded):
-        progress.warn(
-            f"{cut} of {len(encoded)} tasks are longer than --max-length {max_length}: "
-            "shortened in the middle of the task, never in the answer"
-        )
-    return encoded
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _write(
@@ -220,17 +216,11 @@ def _write(
     progress: Progress,
 ) -> None:
     """Write the finished adapter's folder, the description last."""
-    from router_cli.scoring.pictures import loss_picture
-
     folder = settings.train.output_dir
     with writing(folder), quiet():
-        fitted.model.save_pretrained(folder)
+        fitted.model.save_pretrained(folder, **({} if fitted.weights is None else {"state_dict": fitted.weights}))
         tokenizer.save_pretrained(folder)
     calibration = _calibrated(settings, space, data.validation, base, fitted.model, tokenizer, progress)
-    with replacing(folder / "loss.json") as file:
-        json.dump(fitted.log, file, indent=1)
-    with replacing(folder / "loss.svg") as file:
-        file.write(loss_picture(fitted.curve))
     meta = {
         "router": __version__,
         "base_model": {
@@ -255,8 +245,7 @@ def _write(
         "calibration": None if calibration is None else calibration.model_dump(mode="json"),
         "fingerprint": run.fingerprint,
     }
-    with replacing(folder / "README.md") as file:
-        file.write(_card(meta))
+    write_card(folder, meta, fitted.log)
     write_json(folder / META, meta)
 
 
@@ -279,7 +268,7 @@ def _calibrated(
     if not validation or min(len(space.topologies), len(space.roles)) < 2:  # one role alone cannot form a team
         return None
     try:
-        plain = not getattr(model.get_base_model(), "is_quantized", False)
+        plain = not (ranks.sharded() or qlora.is_quantised(model.get_base_model()))
         if plain and model.dtype == serving_dtype(settings):
             served = model.merge_and_unload().eval()
         else:  # trained in another type: probabilities differ between types
@@ -310,24 +299,3 @@ def _calibrated(
 def _portable(base: models.BaseModel) -> str:
     """What finds the base again: an alias or Hub id stays one, a folder or file is kept with its whole path."""
     return base.name if base.source in ("cache", "hub", "package") else str(Path(base.name).expanduser().resolve())
-
-
-def _card(meta: dict[str, Any]) -> str:
-    metrics = meta["metrics"]
-    score = metrics["validation_macro_f1"]
-    held_out = "no validation rows" if score is None else f"topology macro-F1 {score:.3f} on the validation split"
-    return f"""---
-base_model: {meta["base_model"]["name"]}
-library_name: peft
-tags: [router, lora, trl]
----
-# A router for agent formations
-
-Decides which formation of LLM agents ({", ".join(meta["topologies"])}) with which of the roles
-{", ".join(meta["roles"])} a coding task needs. LoRA adapter of `{meta["base_model"]["name"]}`, trained by
-`router train` {meta["router"]} on {metrics["train_examples"]} labelled tasks in {metrics["steps"]} steps; {held_out}.
-
-    router infer --adapter THIS_FOLDER "Sort a list of integers"
-
-`{META}` says everything about how it was made.
-"""

@@ -11,24 +11,27 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from router_cli import prompts
+from router_cli import prompts, qlora, ranks
 from router_cli.backends.device import best_device
 from router_cli.backends.local import quiet
 from router_cli.backends.tree import DecisionTree
 from router_cli.checkpoints import Run
 from router_cli.errors import OutputError, TrainingError
+from router_cli.figures import Figures
 from router_cli.frozen import FrozenLayers, hidden_states
 from router_cli.jsonl import reason
+from router_cli.lean import lean
 from router_cli.progress import Progress
 from router_cli.schema import Example
-from router_cli.scoring.results import LossPoint
 from router_cli.settings import Settings
 from router_cli.space import DecisionSpace
-from router_cli.watch import HeldOut, interruptible, make_watch
+from router_cli.watch import HeldOut, interruptible, make_watch, stale
 
 IGNORED = -100
 """The label of positions without loss, torch's own."""
@@ -36,23 +39,22 @@ IGNORED = -100
 
 @dataclass
 class Fitted:
-    """A trained model and how it got there. `log` has a dict for every logged step or evaluation."""
+    """A trained model and how it got there. `log` has a dict for every logged step or evaluation.
+
+    `weights` are gathered from all processes where each holds a part of the model alone.
+    """
 
     model: Any
     steps: int
     log: list[dict[str, Any]]
     best_score: float | None
     best_epoch: float | None
+    weights: dict[str, Any] | None = None
 
     @property
     def losses(self) -> list[float]:
         """The logged training losses, in order."""
         return [entry["loss"] for entry in self.log if "loss" in entry]
-
-    @property
-    def curve(self) -> list[LossPoint]:
-        """The log as points of the loss curve."""
-        return [LossPoint(step=entry["step"], loss=entry["loss"]) for entry in self.log if "loss" in entry]
 
 
 def fit(
@@ -70,24 +72,32 @@ def fit(
     Raises TrainingError where the loss is no number, OutputError where a checkpoint cannot be written, and
     KeyboardInterrupt after writing a checkpoint on Ctrl-C.
     """
-    from transformers import PrinterCallback, set_seed
+    from transformers import PrinterCallback, TrainerState, set_seed
 
     options = settings.train
     layers = list(range(model.config.num_hidden_layers))
     if options.lora_last_layers:
         layers = layers[-options.lora_last_layers :]
-    held_out = HeldOut(tokenizer, space, validation)
+    if ranks.sharded() and validation:
+        progress.notice("no process holds the whole model: nothing is validated between epochs, the last one is kept")
+    held_out = HeldOut(tokenizer, space, () if ranks.sharded() else validation)
     # Older versions of TRL draw the adapter's first weights before they set the seed.
     set_seed(options.seed)
     with quiet():
         trainer = _make_trainer(model, tokenizer, space, rows, layers, settings, run)
         # It prints every log to stdout, which carries results only.
         trainer.remove_callback(PrinterCallback)
-        watch = make_watch(held_out, run, options.save_total_limit, progress)
+        watch = make_watch(held_out, run, options, progress)
         trainer.add_callback(watch)
-    resume = run.newest()
+        if options.report_to == "tensorboard" and ranks.first():
+            trainer.add_callback(_event_files(options.output_dir))
+    watch.figures = Figures(sum(map(len, trainer.train_dataset["input_ids"])), options.price_per_hour)
+    resume = ranks.shared(run.newest(progress) if ranks.first() else None)
     if resume is not None:
         progress.notice(f"continuing from step {resume.name.rpartition('-')[2]}")
+        state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
+        if stale(state.log_history, options.patience):  # it had stopped early, and broke off after that
+            return _fitted(trainer, state, watch)
     watch.frozen = _frozen(model, layers[0], rows, tokenizer, trainer.shared, progress)
     if watch.frozen and options.topology_passes:
         choice = _topology_choice(space, tokenizer)
@@ -95,7 +105,7 @@ def fit(
             watch.frozen.share(row.input_ids, len(_until_topology(row, choice)[0]))
     trainer.first_layer = layers[0] if watch.frozen else 0
     # Everything that needs the whole model (validation) steps out of the frozen layers' place by itself.
-    with interruptible(watch), watch.training():
+    with interruptible(watch), lean(trainer.model), watch.training():
         try:
             with quiet():
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -105,9 +115,18 @@ def fit(
         raise TrainingError(watch.failure)
     if watch.interrupted:
         raise KeyboardInterrupt
+    return _fitted(trainer, trainer.state, watch)
+
+
+def _fitted(trainer: Any, state: Any, watch: Any) -> Fitted:
     best = watch.load_best(trainer.model)
     return Fitted(
-        trainer.model, trainer.state.global_step, trainer.state.log_history, best.get("score"), best.get("epoch")
+        trainer.model,
+        state.global_step,
+        state.log_history,
+        best.get("score"),
+        best.get("epoch"),
+        trainer.accelerator.get_state_dict(trainer.model_wrapped) if ranks.sharded() else None,
     )
 
 
@@ -124,6 +143,7 @@ def _make_trainer(
     from datasets import Dataset
     from datasets.utils.logging import disable_progress_bar
     from peft import LoraConfig
+    from transformers.training_args import OptimizerNames
     from trl import SFTConfig
 
     options = settings.train
@@ -161,8 +181,8 @@ def _make_trainer(
         weight_decay=options.weight_decay,
         lr_scheduler_type=options.lr_scheduler,
         seed=options.seed,
-        bf16=on_cuda and model.dtype == torch.bfloat16,
-        fp16=on_cuda and model.dtype == torch.float16,
+        bf16=on_cuda and qlora.compute_dtype(model) == torch.bfloat16,
+        fp16=on_cuda and qlora.compute_dtype(model) == torch.float16,
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
         logging_steps=options.logging_steps,
@@ -172,10 +192,17 @@ def _make_trainer(
         save_total_limit=None,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        report_to="none",
+        report_to="none" if options.report_to == "tensorboard" else options.report_to,
+        project="router",
+        run_name=options.output_dir.name,
         dataloader_pin_memory=on_cuda,
+        use_cpu=best_device() == "cpu",  # several processes meet over gloo there
+        ddp_find_unused_parameters=False,
     )
-    return _router_trainer_class()(
+    if on_cuda and qlora.is_quantised(model):
+        # States of 8 bits that move out of the GPU's memory when a long row needs it, as QLoRA has it.
+        arguments.optim = OptimizerNames.PAGED_ADAMW_8BIT
+    trainer = _router_trainer_class()(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_dict(
@@ -188,10 +215,29 @@ def _make_trainer(
         peft_config=config,
         choice=choice,
         topology_weight=options.topology_weight,
-        own_loss=options.topology_weight + options.topology_passes > 0,
-        # A recomputed forward would find the cache already filled; and with loss on the prompt nothing is shared.
-        shared=0 if options.train_on_inputs or options.gradient_checkpointing else _shared([r.input_ids for r in rows]),
+        run=run,
+        class_weights=_class_weights(lessons, choice) if options.class_weights == "balanced" else None,
+        own_loss=options.topology_weight + options.topology_passes > 0 or options.class_weights != "none",
+        # A recomputed forward would find the cache already filled, a sharded model runs once a step, and with loss on
+        # the prompt nothing is shared.
+        shared=0
+        if options.train_on_inputs or options.gradient_checkpointing or ranks.sharded()
+        else _shared([r.input_ids for r in rows]),
     )
+    if qlora.is_quantised(model):
+        # TRL narrows the adapter of a 4-bit base to bfloat16, where a step of a small rate is lost in rounding.
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return trainer
+
+
+def _event_files(folder: Path) -> Any:
+    """TensorBoard's event files beside the adapter; the trainer's own place for them goes with the checkpoints."""
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(str(folder / "runs")))
 
 
 def _is_linear(part: Any) -> bool:
@@ -218,6 +264,17 @@ def _topology_choice(space: DecisionSpace, tokenizer: Any) -> tuple[int, list[in
     """Where in the answer the first choice is made (0 is the answer's first token), and the tokens to choose from."""
     root = DecisionTree(space, tokenizer).root
     return len(root.run), list(root.groups)
+
+
+def _class_weights(lessons: Sequence[tuple[list[int], int]], choice: tuple[int, list[int]] | None) -> list[float]:
+    """A weight for each token of the choice: rows / (tokens that occur * rows with this one), 0 where it has none.
+
+    Their mean over the rows is 1, so that the whole loss keeps its size (scikit-learn's "balanced").
+    """
+    assert choice is not None  # class weights and loss on the prompt exclude each other
+    # A lesson that ends at the topology has its label there, and no other.
+    right = Counter(ids[min(start + choice[0], len(ids) - 1)] for ids, start in lessons)
+    return [right.total() / (len(right) * right[token]) if right[token] else 0.0 for token in choice[1]]
 
 
 WINDOW = 8
@@ -256,6 +313,7 @@ def _router_trainer_class() -> Any:
     """SFTTrainer with the loss at labelled positions, made here because trl is imported only when training."""
     import torch
     from trl import SFTTrainer
+    from trl.models.utils import _ForwardRedirection
 
     class RouterTrainer(SFTTrainer):  # type: ignore[misc]  # trl's class is untyped
         def __init__(
@@ -263,17 +321,21 @@ def _router_trainer_class() -> Any:
             *args: Any,
             choice: tuple[int, list[int]] | None,
             topology_weight: float,
+            class_weights: list[float] | None,
+            run: Run,
             own_loss: bool,
             shared: int,
             **kwargs: Any,
         ) -> None:
             super().__init__(*args, **kwargs)
             self._choice, self._topology_weight, self._own_loss = choice, topology_weight, own_loss
+            self._class_weights, self._run = class_weights, run
             self.shared, self.first_layer = shared, 0
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             rows = self.train_dataset["input_ids"]
-            size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            # Micro-batches are dealt to the processes in turn: a step's rows are those of one process that makes all.
+            size = self.args.train_batch_size * self.args.gradient_accumulation_steps * ranks.count()
             return _ByLength([len(row) for row in rows], size, self.args.seed, lambda: int(self.state.epoch or 0))
 
         def compute_loss(
@@ -282,6 +344,14 @@ def _router_trainer_class() -> Any:
             # TRL's own loss is the fast one on a GPU, but it knows no choices.
             if return_outputs or (self.args.device.type != "cpu" and not self._own_loss):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            with self.accelerator.autocast():
+                if ranks.count() == 1:
+                    return self._loss(model, inputs, num_items_in_batch)
+                # Several processes exchange weights and gradients around the wrapper's forward: nothing runs past it.
+                inner = self.accelerator.unwrap_model(model)
+                return _ForwardRedirection()(model, inner, self._loss, inner, inputs, num_items_in_batch)
+
+        def _loss(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Any:
             labels = inputs["labels"][:, self.shared + 1 :]
             scored = labels != IGNORED
             base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -292,7 +362,8 @@ def _router_trainer_class() -> Any:
             targets = labels[scored]
             each = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
             self._total_train_tokens += int(inputs["attention_mask"].sum())
-            total = scored.sum() if num_items_in_batch is None else num_items_in_batch
+            # The count is that of all processes, whose gradients are averaged.
+            total = scored.sum() if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
             if self._choice is None or not self._choice[1]:
                 return each.sum() / total
             offset, choices = self._choice
@@ -305,10 +376,23 @@ def _router_trainer_class() -> Any:
             found = logits[places][:, among].argmax(1) == right
             self._metrics["train"]["topology_loss"].append(topology.mean().item())
             self._metrics["train"]["topology_accuracy"].append(found.float().mean().item())
+            if self._class_weights is not None:
+                share = torch.tensor(self._class_weights, device=logits.device)[right]
+                topology, each = topology * share, each * torch.ones_like(each).index_put((places,), share)
             # Rows that end at the topology teach the choice alone; in whole rows it weighs beside the other tokens.
             tokens = each[whole.repeat_interleave(counts)].sum() / total
             weights = torch.where(whole, self._topology_weight, 1.0)
             return tokens + (weights * topology).mean() / self.current_gradient_accumulation_steps
+
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            with self._run.saving(self.state.global_step):
+                super()._save_checkpoint(model, trial)
+
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            for name in ("topology_loss", "topology_accuracy"):
+                if found := self._metrics["train"].get(name):
+                    found[:] = ranks.gathered(sum(found) / len(found))
+            super().log(logs, start_time)
 
     return RouterTrainer
 
@@ -318,7 +402,7 @@ def _frozen(
 ) -> FrozenLayers | None:
     """The states below the first adapted layer, computed once; None where there is nothing to gain or no room."""
     ids = [row.input_ids for row in rows]
-    if first == 0 or best_device() != "cpu" or not FrozenLayers.fits(model, ids):
+    if first == 0 or best_device() != "cpu" or ranks.sharded() or not FrozenLayers.fits(model, ids):
         return None
     frozen = FrozenLayers(model, first, tokenizer.pad_token_id, shared)
     with progress.bar(f"compute {first} frozen layers once", len(ids)) as bar:

@@ -6,21 +6,59 @@ import math
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from statistics import mean, variance
 from typing import Any
 
+from router_cli import ranks
 from router_cli.backends.decoding import Decoder
-from router_cli.checkpoints import Run
+from router_cli.checkpoints import Run, saving
+from router_cli.figures import Figures
 from router_cli.frozen import FrozenLayers
 from router_cli.jsonl import read_json, write_json
 from router_cli.progress import Bar, Progress
 from router_cli.schema import Example
 from router_cli.scoring import metrics
+from router_cli.sections import TrainSettings
 from router_cli.space import DecisionSpace
 
 SCORE = "validation_macro_f1"
-"""The log's name for what an epoch's validation gave."""
+"""The log's name for what a look at the validation tasks gave."""
+RISING_STEPS = 20
+"""Steps that a mean of the loss is taken over before it is said to rise, and at least five logs."""
+
+
+def stale(log: Sequence[dict[str, Any]], patience: int | None) -> bool:
+    """Whether the last `patience` looks at the validation tasks gave nothing better than those before them."""
+    scores = [entry[SCORE] for entry in log if SCORE in entry]
+    return bool(patience and len(scores) > patience and max(scores[-patience:]) <= max(scores[:-patience]))
+
+
+def rising(log: Sequence[dict[str, Any]]) -> str:
+    """In words, that the training loss rises; empty while it does not.
+
+    It rises where the mean over the newest window has lost more than half of what had been gained, from the first
+    window to the best one, or, where little was gained, is a fifth of the first above the best; and where that is more
+    than four standard errors of the two means' difference. A window is `RISING_STEPS` steps and five logs, at least.
+    """
+    losses = [(int(entry["step"]), float(entry["loss"])) for entry in log if "loss" in entry]
+    if len(losses) < 2:
+        return ""
+    spacing = max(1, losses[-1][0] - losses[-2][0])
+    size = max(5, -(-RISING_STEPS // spacing))
+    windows = [[loss for _, loss in losses[i : i + size]] for i in range(len(losses) - size + 1)]
+    if len(windows) <= size:
+        return ""
+    newest, best = windows[-1], min(windows[:-size], key=mean)
+    risen = mean(newest) - mean(best)
+    noise = math.sqrt((variance(newest) + variance(best)) / size)
+    if risen <= max((mean(windows[0]) - mean(best)) / 2, 0.2 * mean(windows[0])) or risen <= 4 * noise:
+        return ""
+    return (
+        f"the loss rises: {mean(best):.3f} in the mean over {size * spacing} steps at its best, {mean(newest):.3f} now"
+    )
 
 
 class HeldOut:
@@ -35,12 +73,31 @@ class HeldOut:
 
         if not self._examples:
             return None
-        decoder = Decoder(model, self._tokenizer, self._space)
-        found = decoder.topologies([decoder.prompt(example.text) for example in self._examples])
-        names = self._space.topologies
+        decoder, names = Decoder(model, self._tokenizer, self._space), self._space.topologies
+        # Each of several processes decides its share.
+        mine = self._examples[ranks.rank() :: ranks.count()]
+        shares = ranks.gathered(decoder.topologies([decoder.prompt(example.text) for example in mine]))
+        found = [shares[i % len(shares)][i // len(shares)] for i in range(len(self._examples))]
         gold = np.array([names.index(example.decision.topology) for example in self._examples])
         predicted = np.array([names.index(name) for name in found])
         return float(metrics.macro_f1(gold, predicted, len(names)))
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends what runs as Ctrl-C does: with everything put away, and exit code 130."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -50,8 +107,13 @@ def interruptible(watch: Any) -> Iterator[None]:
         yield
         return
 
+    got: list[float] = []
+    # A launcher of several processes hands on what the terminal sent to all of them: that is no second wish.
+    patience = 2.0 if ranks.count() > 1 else 0.0
+
     def stop(number: int, frame: Any) -> None:
-        if watch.interrupted:
+        got.append(time.monotonic())
+        if len(got) > 1 and got[-1] - got[0] >= patience:
             raise KeyboardInterrupt
         watch.interrupted = True
 
@@ -63,7 +125,7 @@ def interruptible(watch: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def make_watch(held_out: HeldOut, run: Run, keep: int, progress: Progress) -> Any:
+def make_watch(held_out: HeldOut, run: Run, options: TrainSettings, progress: Progress) -> Any:
     """The callback that reports, marks checkpoints, keeps the best adapter and stops on bad news."""
     from transformers import TrainerCallback
 
@@ -74,7 +136,8 @@ def make_watch(held_out: HeldOut, run: Run, keep: int, progress: Progress) -> An
             self._place: Any = nullcontext()
             self._bar: Bar | None = None
             self._open_bar: Any = None
-            self._loss = math.nan
+            self.figures: Figures | None = None
+            self._said = ""
 
         @contextmanager
         def training(self) -> Iterator[None]:
@@ -92,37 +155,58 @@ def make_watch(held_out: HeldOut, run: Run, keep: int, progress: Progress) -> An
             self._place.__enter__()
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.figures:
+                self.figures.begin(state.epoch or 0.0)
             self._open_bar = progress.bar("train", state.max_steps, state.global_step)
             self._bar = self._open_bar.__enter__()
             # A kill between an epoch's last checkpoint and its validation: the epoch is validated now.
             whole = state.global_step == state.max_steps or float(state.epoch or 0).is_integer()
-            scored = any(entry["step"] == state.global_step for entry in state.log_history if SCORE in entry)
-            if state.global_step and whole and not scored:
+            if state.global_step and whole:
                 self.on_epoch_end(args, state, control, **kwargs)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if self._bar:
-                self._bar.advance(status=f"loss {self._loss:.3f}" if math.isfinite(self._loss) else "")
+                self._bar.advance(status=self._said)
+            self.interrupted = ranks.anywhere(self.interrupted)
             if self.interrupted and not self.failure:
                 control.should_save = control.should_training_stop = True
+            elif options.eval_steps and state.global_step % options.eval_steps == 0:
+                self._look(state, control, kwargs["model"])
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             # The mean over all steps comes at the end, and shows what no step's log did.
             if logs and (found := logs.get("loss", logs.get("train_loss"))) is not None:
-                self._loss = float(found)
-                if not math.isfinite(self._loss):
+                self._said = self.figures.words(logs, state.epoch or 0.0) if self.figures else ""
+                if not math.isfinite(found):
                     self.failure = (
-                        f"the loss is {self._loss} at step {state.global_step}: lower --lr, or drop --fp16 for --bf16; "
+                        f"the loss is {found} at step {state.global_step}: lower --lr, or drop --fp16 for --bf16; "
                         "the checkpoints before it are kept"
                     )
-                    control.should_training_stop = True
+                elif risen := rising(state.log_history):
+                    self.failure = (
+                        f"{risen}, at step {state.global_step}: lower --lr ({args.learning_rate:g}) or raise "
+                        "--warmup-ratio, with another --output-dir"
+                    )
+                if self.failure:
+                    control.should_training_stop, control.should_save = True, False
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            run.mark(state.global_step, keep)
+            ranks.wait()  # every process has put its own state of chance into the checkpoint
+            if ranks.first():
+                run.mark(state.global_step, options.save_total_limit)
 
         def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if options.eval_steps and state.global_step < state.max_steps:
+                return
             # The first half of several epochs never holds the best one, and on a CPU a look costs a tenth of an epoch.
-            if self.interrupted or self.failure or state.epoch < args.num_train_epochs / 2:
+            # Only who waits for it to get no better needs all of them.
+            if options.patience or options.eval_steps or state.epoch >= args.num_train_epochs / 2:
+                self._look(state, control, model)
+
+        def _look(self, state: Any, control: Any, model: Any) -> None:
+            """Decide the validation tasks, keep the best adapter, stop where patience is at its end."""
+            scored = any(entry["step"] == state.global_step for entry in state.log_history if SCORE in entry)
+            if self.interrupted or self.failure or scored:
                 return
             self._place.__exit__(None, None, None)
             model.eval()
@@ -134,18 +218,29 @@ def make_watch(held_out: HeldOut, run: Run, keep: int, progress: Progress) -> An
             if score is None:
                 return
             state.log_history.append({"step": state.global_step, "epoch": state.epoch, SCORE: score})
-            progress.notice(f"epoch {state.epoch:.0f}: topology macro-F1 {score:.3f} on the validation tasks")
+            when = f"step {state.global_step}" if options.eval_steps else f"epoch {state.epoch:.0f}"
+            progress.notice(f"{when}: topology macro-F1 {score:.3f} on the validation tasks")
             if score > self._best().get("score", -1.0):
                 self._keep(model, {"score": score, "epoch": state.epoch, "step": state.global_step})
+            if stale(state.log_history, options.patience) and state.global_step < state.max_steps:
+                progress.notice(
+                    f"stopping early: no better macro-F1 in {options.patience} looks at the validation tasks"
+                )
+                # The checkpoint remembers it: a run that is killed from here on does not train any further.
+                control.should_save = control.should_training_stop = True
 
         def _best(self) -> dict[str, Any]:
             file = run.checkpoints / "best" / "best.json"
-            return read_json(file) if file.is_file() else {}
+            found: dict[str, Any] = ranks.shared(read_json(file) if ranks.first() and file.is_file() else {})
+            return found
 
         def _keep(self, model: Any, facts: dict[str, Any]) -> None:
+            if not ranks.first():
+                return
             beside = run.checkpoints / "best.part"
             shutil.rmtree(beside, ignore_errors=True)
-            model.save_pretrained(beside)
+            with saving(beside):
+                model.save_pretrained(beside)
             write_json(beside / "best.json", facts)
             shutil.rmtree(run.checkpoints / "best", ignore_errors=True)
             beside.rename(run.checkpoints / "best")
@@ -156,7 +251,7 @@ def make_watch(held_out: HeldOut, run: Run, keep: int, progress: Progress) -> An
             from safetensors.torch import load_file
 
             best = self._best()
-            if best:
+            if best and ranks.first():
                 weights = load_file(str(run.checkpoints / "best" / "adapter_model.safetensors"))
                 set_peft_model_state_dict(model, weights)
             return best

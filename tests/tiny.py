@@ -13,28 +13,11 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from tests import templates
+
 Style = Literal["smollm", "qwen3", "llama3"]
 STYLES: tuple[Style, ...] = ("smollm", "qwen3", "llama3")
 
-_SMOLLM = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-_QWEN3 = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-    "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-    "{% endif %}"
-)
-_LLAMA3 = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
 _SPECIAL: dict[str, dict[str, str]] = {
     "smollm": {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"},
     "qwen3": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
@@ -45,7 +28,7 @@ _MORE_SPECIAL: dict[str, list[str]] = {
     "qwen3": ["<|im_start|>"],
     "llama3": ["<|start_header_id|>", "<|end_header_id|>"],
 }
-_TEMPLATES: dict[str, str] = {"smollm": _SMOLLM, "qwen3": _QWEN3, "llama3": _LLAMA3}
+_TEMPLATES: dict[str, str] = {"smollm": templates.SMOLLM2, "qwen3": templates.QWEN3, "llama3": templates.LLAMA3}
 
 # What the merges are learnt from: the words of prompts and answers, so that a prompt takes hundreds of tokens and
 # not thousands. Everything else falls back to bytes.

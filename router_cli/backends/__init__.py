@@ -8,7 +8,7 @@ from typing import Protocol
 
 from router_cli.errors import UsageError
 from router_cli.progress import SILENT, Progress
-from router_cli.schema import Alternative, Decision
+from router_cli.schema import Alternative, Decision, Usage
 from router_cli.settings import Settings
 from router_cli.space import DecisionSpace
 
@@ -24,6 +24,8 @@ class Choice:
     fallback: str | None = None
     # The most likely decisions of all, where they were asked for.
     alternatives: tuple[Alternative, ...] | None = None
+    # What the answer took; None where nobody counted.
+    usage: Usage | None = None
 
     @property
     def probability(self) -> float | None:
@@ -32,7 +34,7 @@ class Choice:
 
 
 class Backend(Protocol):
-    """Decides for texts. Every decision is valid for `space`."""
+    """Decides for texts. Every decision is valid for `space`; one by the backend itself, or marked as a `fallback`."""
 
     name: str
     model_name: str
@@ -40,6 +42,9 @@ class Backend(Protocol):
 
     def decide(self, texts: Sequence[str]) -> list[Choice]:
         """One choice a text, in order."""
+
+    def close(self) -> None:
+        """Let go of what is open: connections, threads."""
 
 
 def space_from(settings: Settings) -> DecisionSpace:

@@ -5,7 +5,8 @@ valid decision by construction, and the probability of a decision is the product
 the first choice of the text: its distribution comes out of the same pass, and is calibrated there.
 
 The decision is that of the likeliest topology, chosen greedily below it. The most likely decisions of all come from a
-best-first search: probability only falls on the way down, so the first leaf that is the likeliest open end is the best.
+best-first search: probability only falls on the way down, so that decisions likelier than every open end are the best.
+A pass enters several ends of the tree at once, because the search will need most of them anyway.
 
 The constant start of the prompt is encoded once; its keys and values are shared by all tasks. Within a task every token
 is fed once: the ends of the tree share one cache, and a mask shows each of them its own ancestors alone.
@@ -14,20 +15,25 @@ is fed once: the ends of the tree share one cache, and a mask shows each of them
 from __future__ import annotations
 
 import copy
-import heapq
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, TypeVar
 
 from router_cli import prompts
 from router_cli.backends.device import ROWS_AT_ONCE
 from router_cli.backends.tree import DecisionTree, Node
+from router_cli.errors import ModelError
 from router_cli.schema import Decision
 from router_cli.space import DecisionSpace
 
-SEARCH_PASSES = 400
-"""Forward passes that the search for the most likely decisions takes at most. The default space has 205 branching
+SEARCHED = 400
+"""Ends of the tree that the search for the most likely decisions enters at most. The default space has 205 branching
 nodes, so that it is always exact there; ten roles have millions, and a model that knows nothing would visit all."""
+
+AT_ONCE, AHEAD = 4, 0.4
+"""Ends of the tree that one pass enters for a task at most, and how likely they must be beside the greedy one. With
+these the search takes 1.05 times the passes of the greedy decision, where one end a pass takes 1.7 times as many."""
 
 Shares = dict[str, float]
 Found = TypeVar("Found")
@@ -45,25 +51,32 @@ class Branch:
     token: int
     topologies: frozenset[str]
     mask: Any = None
-    entered: bool = False
 
     def __lt__(self, other: Branch) -> bool:
-        return self.mass > other.mass  # the likeliest comes first out of a heap
+        return self.mass > other.mass  # the likeliest is the first
 
 
-Walk = Generator[Branch, list[Branch], Found]
-"""A task's way through the tree: yields the branch to enter, is sent what it leads to, returns what it found."""
+Walk = Generator[list[Branch], list[list[Branch]], Found]
+"""A task's way through the tree: yields the branches to enter in one pass, is sent what each of them leads to, returns
+what it found."""
+
+
+@dataclass
+class Run:
+    """Tokens to be fed, and which places of the row's cache they may see; once fed, they are among these."""
+
+    tokens: list[int]
+    mask: Any
 
 
 @dataclass
 class Row:
-    """One task on its way: the branch it waits at, the tokens to be fed there, and what they may see."""
+    """One task on its way: the branches it waits at, and the tokens to be fed there."""
 
     prompt: list[int]
     walk: Any
-    branch: Branch
-    waiting: list[int] = field(default_factory=list)
-    mask: Any = None
+    branches: list[Branch]
+    runs: list[Run] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ class Decoded:
     """What one task got: the decision, its own probability, and the distribution over topologies (sums to 1).
 
     `alternatives` are the most likely decisions of the whole space, the likeliest first, as many as were asked for;
-    `exact` is False where the search for them ended at `SEARCH_PASSES`.
+    `exact` is False where the search for them ended at `SEARCHED`.
     """
 
     decision: Decision
@@ -84,7 +97,9 @@ class Decoded:
 class Decoder:
     """Decisions from a causal language model over the decision space of `space`.
 
-    `calibrate` turns the model's own distribution over topologies into the one to be decided by.
+    `calibrate` turns the model's own distribution over topologies into the one to be decided by. Prompts take at most
+    `max_length` tokens with their answer, as in training. Raises ModelError for a model that is not one of attention
+    alone: the ends of a tree can share nothing else.
     """
 
     def __init__(
@@ -94,30 +109,54 @@ class Decoder:
         space: DecisionSpace,
         batch_size: int = 32,
         calibrate: Callable[[Shares], Shares] = dict,
+        max_length: int | None = None,
     ) -> None:
         self._model, self._tokenizer, self._batch_size, self.space = model, tokenizer, batch_size, space
         self._calibrate = calibrate
         self._pad = prompts.end_token(tokenizer)
         self.tree = DecisionTree(space, tokenizer)
+        context = _context(model.config)
+        self._room = min(context, max_length or context) - self._longest()
         one, two = (prompts.encode_prompt(text, space, tokenizer) for text in ("a", "1"))
         common = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), 0)
         self._prefix = one[:common]
         self._prefix_cache: Any = None
+        self.cut = 0
+
+    def _longest(self) -> int:
+        """A bound on the tokens of any answer: no valid decision says so much, and others are put otherwise."""
+        roles = self.space.roles
+        longest = max(roles, key=lambda role: len(role.encode()))
+        most = Decision(
+            topology="decentralized",
+            roles=roles,
+            manager_role=longest,
+            entry_role=longest,
+            max_steps=max(self.space.step_bound, len(roles)),
+        )
+        return len(prompts.encode_answer(most, self._tokenizer)) + 8
 
     def prompt(self, text: str) -> list[int]:
-        """The token ids to ask with; a task that the model's context cannot hold is shortened in its middle.
+        """The token ids to ask with; a task too long for them is shortened in its middle, and counted in `cut`.
 
-        Room for the answer is kept by a bound, from roles listed four times over.
+        Raises ModelError where the model cannot hold even an empty task.
         """
-        room = self._model.config.max_position_embeddings - 64 - 16 * len(self.space.roles)
-        return prompts.fit_prompt(text, self.space, self._tokenizer, room)[0]
+        try:
+            found, cut = prompts.fit_prompt(text, self.space, self._tokenizer, self._room)
+        except ValueError:
+            raise ModelError(
+                f"the prompt without any task takes more than the {self._room} tokens that the model and --max-length "
+                "of its training leave for it"
+            ) from None
+        self.cut += cut > 0
+        return found
 
     def decide(self, encoded: Sequence[Sequence[int]], alternatives: int = 0) -> list[Decoded]:
         """Decide for prompts given as token ids (from `prompt`), in their order, each with so many `alternatives`."""
         return self._run(encoded, lambda: self._decision(alternatives))
 
     def distributions(self, encoded: Sequence[Sequence[int]]) -> list[Shares]:
-        """The distributions over topologies alone of what `decide` would answer: mostly one pass instead of nine."""
+        """The distributions over topologies alone of what `decide` would answer: mostly one pass instead of five."""
 
         def walk() -> Walk[Shares]:
             return (yield from self._topology())[0]
@@ -137,13 +176,11 @@ class Decoder:
         open are followed until they part.
         """
         root = self.tree.root
-        waiting, closed = [Branch(1.0, None, 0, root.topologies)], list[Branch]()
-        while waiting:
-            branch = waiting.pop()
-            if len(branch.topologies) == 1:
-                closed.append(branch)
-            else:
-                waiting += yield branch
+        seen, closed = [Branch(1.0, None, 0, root.topologies)], list[Branch]()
+        while seen:
+            closed += (branch for branch in seen if len(branch.topologies) == 1)
+            waiting = [branch for branch in seen if len(branch.topologies) > 1]
+            seen = [child for children in (yield waiting) for child in children] if waiting else []
         shares = dict.fromkeys(self.space.topologies, 0.0)
         for branch in closed:
             shares[min(branch.topologies)] += branch.mass
@@ -153,36 +190,58 @@ class Decoder:
         for branch in closed:
             name = min(branch.topologies)
             branch.mass *= calibrated[name] / shares[name] if shares[name] else 0.0
-        return shares | calibrated, closed
+        # Rounding must not make a sure topology more than certain.
+        return {name: min(1.0, calibrated.get(name, 0.0)) for name in shares}, closed
 
     def _decision(self, alternatives: int) -> Walk[Decoded]:
-        shares, heap = yield from self._topology()
+        shares, ends = yield from self._topology()
         chosen = max(shares, key=shares.__getitem__)
-        best = min(branch for branch in heap if chosen in branch.topologies)
-        while (node := self._node(best)).decision is None:
-            children = yield best
-            best.entered = True
-            heap += children
-            best = min(children)
-        if not alternatives:
-            return Decoded(node.decision, best.mass, shares)
-        heapq.heapify(heap)
-        found, passes = list[tuple[Decision, float]](), 0
-        while heap and len(found) < alternatives:
-            branch = heapq.heappop(heap)
-            if branch.entered:
-                continue
-            if (leaf := self._node(branch).decision) is not None:
-                found.append((leaf, branch.mass))
-            elif passes < SEARCH_PASSES:
-                passes += 1
-                for child in (yield branch):
-                    heapq.heappush(heap, child)
-            else:
-                # What was found is right as far as it goes; of the rest only the greedy decision is known.
-                found = found or [(node.decision, best.mass)]
-                return Decoded(node.decision, best.mass, shares, tuple(found), exact=False)
-        return Decoded(node.decision, best.mass, shares, tuple(found))
+        best, entered = min(branch for branch in ends if chosen in branch.topologies), 0
+        while True:
+            greedy = self._node(best).decision
+            enter = [best] if greedy is None else []
+            if alternatives:
+                room = min(AT_ONCE, SEARCHED - entered) - len(enter)
+                enter += islice(self._wanted(ends, best, alternatives), max(0, room))
+            if not enter:
+                assert greedy is not None  # or it would be entered
+                found, exact = self._listed(ends, alternatives)
+                # Where the search was cut short before any other, the greedy decision is the only one known.
+                found = found or ((greedy, best.mass),) * min(1, alternatives)
+                return Decoded(greedy, best.mass, shares, found, exact)
+            entered += len(enter)
+            led = yield enter
+            ends = [branch for branch in ends if branch not in enter] + [child for one in led for child in one]
+            if greedy is None:
+                best = min(led[0])
+
+    def _wanted(self, ends: list[Branch], best: Branch, alternatives: int) -> Iterator[Branch]:
+        """The ends that may lead to one of the most likely decisions, the likeliest first.
+
+        On the greedy way down only those nearly as likely as that are: most others will turn out to be needless.
+        """
+        ends.sort()
+        least = 0.0 if self._node(best).decision else AHEAD * best.mass
+        finished = 0
+        for branch in ends:
+            if finished == alternatives or branch.mass < least:
+                return
+            if self._node(branch).decision is not None:
+                finished += 1
+            elif branch is not best:
+                yield branch
+
+    def _listed(self, ends: list[Branch], alternatives: int) -> tuple[tuple[tuple[Decision, float], ...], bool]:
+        """The most likely decisions, and whether they are all that were asked for."""
+        found = list[tuple[Decision, float]]()
+        for branch in sorted(ends):
+            if len(found) == alternatives:
+                break
+            leaf = self._node(branch).decision
+            if leaf is None:  # below it there may be likelier ones than all that follow
+                return tuple(found), False
+            found.append((leaf, branch.mass))
+        return tuple(found), True
 
     def _node(self, branch: Branch) -> Node:
         return self.tree.root if branch.parent is None else self.tree.child(branch.parent, branch.token)
@@ -216,33 +275,43 @@ class Decoder:
         if rows:
             scores, cache = self._encode(list(rows.values()))
         while rows:
-            keep = []
+            led, keep, before = self._children(list(rows.values()), scores), [], len(rows)
             for place, (number, row) in enumerate(list(rows.items())):
                 try:
-                    row.branch = row.walk.send(self._children(row, scores[place]))
+                    row.branches = row.walk.send([next(led) for _ in row.branches])
                 except StopIteration as end:
                     found[number] = end.value
                     del rows[number]
                 else:
                     keep.append(place)
-                    row.waiting, row.mask = list(self._node(row.branch).run), row.branch.mask
+                    row.runs = [Run(list(self._node(one).run), one.mask) for one in row.branches]
             if rows:
-                if len(keep) < len(scores):
+                if len(keep) < before:
                     cache.batch_select_indices(torch.tensor(keep, device=self._model.device))
-                scores = self._forward(list(rows.values()), cache)
+                scores = self._forward([row.runs for row in rows.values()], cache)
         return [found[number] for number in range(len(encoded))]
 
-    def _children(self, row: Row, scores: Any) -> list[Branch]:
-        """The branches that a row's branch leads to, with their probabilities."""
+    def _children(self, rows: list[Row], scores: Any) -> Iterator[list[Branch]]:
+        """What the rows' branches lead to, in turn, from the logits [branches, vocabulary] at their ends."""
         import torch
 
-        node, mass = self._node(row.branch), row.branch.mass
-        tokens = list(node.groups)
-        shares = torch.softmax(scores[torch.tensor(tokens, device=scores.device)], 0).tolist()
-        return [
-            Branch(mass * share, node, token, frozenset(self.tree.topologies(node.groups[token])), row.mask)
-            for token, share in zip(tokens, shares, strict=True)
-        ]
+        ends = [(branch, run.mask) for row in rows for branch, run in zip(row.branches, row.runs, strict=True)]
+        nodes = [self._node(branch) for branch, _ in ends]
+        widest = max(len(node.groups) for node in nodes)
+        # Padded with the first token, so that one copy brings all logits that count to the CPU.
+        tokens = [[*node.groups, *[next(iter(node.groups))] * (widest - len(node.groups))] for node in nodes]
+        logits = scores.gather(1, torch.tensor(tokens, device=scores.device)).cpu().double()
+        if not logits.isfinite().all():
+            raise ModelError(
+                f"{self._model.config.name_or_path}: computes no finite numbers in {self._model.dtype}: "
+                "try another --dtype, such as float32"
+            )
+        for (branch, mask), node, own in zip(ends, nodes, logits, strict=True):
+            shares = torch.softmax(own[: len(node.groups)], 0).tolist()
+            yield [
+                Branch(branch.mass * share, node, token, frozenset(self.tree.topologies(group)), mask)
+                for (token, group), share in zip(node.groups.items(), shares, strict=True)
+            ]
 
     def _encode(self, rows: list[Row]) -> tuple[Any, Any]:
         """Feed the prompts and what every answer begins with: logits as `_forward` gives them, and the cache.
@@ -252,26 +321,23 @@ class Decoder:
         import torch
         from torch.nn.functional import pad
 
-        run = self.tree.root.run
+        start = self.tree.root.run
         cut = len(self._prefix) if all(row.prompt[: len(self._prefix)] == self._prefix for row in rows) else 0
         for row in rows:
-            row.waiting, row.mask = [*row.prompt[cut:], *run], torch.ones(cut, dtype=torch.long)
+            row.runs = [Run([*row.prompt[cut:], *start], torch.ones(cut, dtype=torch.bool))]
         size = ROWS_AT_ONCE if self._model.device.type == "cpu" else len(rows)
         parts = []
-        for part in (rows[start : start + size] for start in range(0, len(rows), size)):
+        for part in (rows[at : at + size] for at in range(0, len(rows), size)):
             cache = self._cache(cut, len(part))
-            parts.append((self._forward(part, cache), cache))
+            parts.append((self._forward([row.runs for row in part], cache), cache))
         if len(parts) == 1:
             return parts[0]
-        length = max(len(row.mask) for row in rows)
-        # Masked positions on the left: each token brings its own position, so the place in the cache means nothing.
-        for row in rows:
-            row.mask = pad(row.mask, (length - len(row.mask), 0))
-        whole = parts[0][1]
+        whole, length = parts[0][1], max(cache.get_seq_length() for _, cache in parts)
         for number, layer in enumerate(whole.layers):
             for name in ("keys", "values"):
                 each = [getattr(cache.layers[number], name) for _, cache in parts]
-                setattr(layer, name, torch.cat([pad(one, (0, 0, length - one.shape[-2], 0)) for one in each]))
+                # No mask shows what is padded.
+                setattr(layer, name, torch.cat([pad(one, (0, 0, 0, length - one.shape[-2])) for one in each]))
         return torch.cat([scores for scores, _ in parts]), whole
 
     def _cache(self, length: int, rows: int) -> Any:
@@ -280,39 +346,70 @@ class Decoder:
         from transformers import DynamicCache
 
         if length == 0:
-            return DynamicCache(config=self._model.config)
+            return DynamicCache()
         if self._prefix_cache is None:
-            self._prefix_cache = DynamicCache(config=self._model.config)
-            ids = torch.tensor([self._prefix], device=self._model.device)
-            self._model(input_ids=ids, past_key_values=self._prefix_cache, use_cache=True, logits_to_keep=1)
+            self._prefix_cache = DynamicCache()
+            self._forward([[Run(self._prefix, torch.ones(0, dtype=torch.bool))]], self._prefix_cache)
         cache = copy.deepcopy(self._prefix_cache)
         cache.batch_repeat_interleave(rows)
         return cache
 
-    def _forward(self, rows: list[Row], cache: Any) -> Any:
-        """Feed every row's waiting tokens; float32 logits [rows, vocabulary] after each row's last token.
+    def _forward(self, rows: list[list[Run]], cache: Any) -> Any:
+        """Feed every row's runs side by side; float32 logits [runs, vocabulary] after the last token of each.
 
-        A row's mask shows what its tokens may see of the cache, and these tokens themselves when it is done.
+        A run sees what its mask shows of the cache, and itself up to each token.
         """
         import torch
-        from torch.nn.functional import pad
 
-        device, past = self._model.device, cache.get_seq_length()
-        width = max(len(row.waiting) for row in rows)
-        # Padding stands on the left of the block, so that every row's last token is in the last column.
-        ids = torch.tensor([[self._pad] * (width - len(row.waiting)) + row.waiting for row in rows])
-        real = torch.tensor([[0] * (width - len(row.waiting)) + [1] * len(row.waiting) for row in rows])
-        seen = torch.stack([pad(row.mask, (0, past - len(row.mask))) for row in rows])
-        mask = torch.cat([seen, real], dim=1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
-        states = self._model.get_decoder()(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            position_ids=positions.to(device),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        for row, own in zip(rows, mask, strict=True):
-            row.mask = own
-        # Two dimensions on purpose: for a slice of three, torch copies the whole head once a row (0.2 s a pass).
-        return self._model.get_output_embeddings()(states[:, -1]).float()
+        past = cache.get_seq_length()
+        width = max(sum(len(run.tokens) for run in row) for row in rows)
+        ids = torch.full((len(rows), width), self._pad)
+        positions = torch.zeros((len(rows), width), dtype=torch.long)
+        seen = torch.zeros((len(rows), 1, width, past + width), dtype=torch.bool)
+        # Padding sees itself: a softmax over nothing is no number.
+        seen[:, 0, :, past:] = torch.eye(width, dtype=torch.bool)
+        ends = []
+        for number, row in enumerate(rows):
+            at = 0
+            for run in row:
+                to = at + len(run.tokens)
+                before = int(run.mask.sum())
+                ids[number, at:to] = torch.tensor(run.tokens)
+                positions[number, at:to] = torch.arange(before, before + to - at)
+                seen[number, 0, at:to, : len(run.mask)] = run.mask
+                seen[number, 0, at:to, past + at : past + to] = torch.ones(to - at, to - at, dtype=torch.bool).tril()
+                run.mask = seen[number, 0, to - 1].clone()
+                ends.append((number, to - 1))
+                at = to
+        model, device = self._model, self._model.device
+        mask = seen
+        if model.config._attn_implementation != "sdpa":  # others add it to the scores
+            mask = torch.zeros(seen.shape, dtype=model.dtype).masked_fill_(~seen, torch.finfo(model.dtype).min)
+        places = torch.tensor(ends, device=device).T
+        # The model's own forward, because some scale or cap what the head gives; the head sees the ends alone.
+        hook = model.get_output_embeddings().register_forward_pre_hook(
+            lambda module, states: (states[0][places[0], places[1]][None],)
+        )
+        try:
+            logits = model(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                position_ids=positions.to(device),
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+        finally:
+            hook.remove()
+        return logits[0].float()
+
+
+def _context(config: Any) -> int:
+    """The tokens that a model can see at once. Raises ModelError for one that does not see them by attention."""
+    config = config.get_text_config(decoder=True)
+    longest: int | None = getattr(config, "max_position_embeddings", None)
+    foreign = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    if foreign or longest is None:
+        has = ", ".join(sorted(foreign)) or "no positions"
+        raise ModelError(f"{config.model_type} models ({has}) cannot be asked: take one of attention alone")
+    # The masks are the decoder's: a layer with a sliding window would see beyond it, so prompts stay inside.
+    return min(longest, getattr(config, "sliding_window", None) or longest)

@@ -19,7 +19,7 @@ def fast_dtype(device: str) -> str:
     import torch
 
     if device == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     if device == "mps":
         return "float32"
     # A margin, because bf16 also pays for casts around the products and rounds what it computes.

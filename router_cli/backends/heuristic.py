@@ -27,3 +27,6 @@ class HeuristicBackend:
             decision, _ = heuristic.decide(text, self.space)
             found.append(Choice(decision, None, (time.perf_counter() - started) * 1000))
         return found
+
+    def close(self) -> None:
+        """Nothing is open."""

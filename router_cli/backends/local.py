@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,12 @@ from pydantic import ValidationError
 
 from router_cli import models, prompts
 from router_cli.backends import Choice, space_from
-from router_cli.backends.decoding import SEARCH_PASSES, Decoded, Decoder
+from router_cli.backends.decoding import SEARCHED, Decoded, Decoder
 from router_cli.backends.device import ROWS_AT_ONCE, best_device, fast_dtype
 from router_cli.errors import InputError, ModelError
 from router_cli.jsonl import read_json
 from router_cli.progress import SILENT, Progress
-from router_cli.schema import Alternative
+from router_cli.schema import Alternative, Decision, Usage
 from router_cli.scoring.calibration import Calibration
 from router_cli.sections import DecisionSettings
 from router_cli.settings import Settings
@@ -41,10 +42,12 @@ class LocalBackend:
         if adapter is None and settings.infer.base is None:
             raise ModelError("no router: pass --adapter FOLDER, or --base MODEL to ask an untrained model")
         self.space = space_of(meta) if meta else space_from(settings)
-        base = models.resolve(settings.infer.base or meta["base_model"]["folder_or_id"], settings, progress)
+        # An exported router is a whole model, which its description finds beside itself.
+        whole = str(adapter / meta["merged"]) if adapter and "merged" in meta else None
+        base = models.resolve(whole or settings.infer.base or meta["base_model"]["folder_or_id"], settings, progress)
         self.model_name = str(adapter) if adapter else base.name
         self.model, self.tokenizer = load(base, settings)
-        if adapter is not None:
+        if adapter is not None and whole is None:
             self.model = merged(self.model, adapter)
         calibration = calibration_of(meta)
         measured, type_here = calibration.dtype if calibration else None, str(self.model.dtype).removeprefix("torch.")
@@ -53,25 +56,40 @@ class LocalBackend:
                 f"calibrated in {measured}, but computed in {type_here}: --dtype {measured} is as it was measured"
             )
         self._alternatives, self._progress, self._said_inexact = settings.infer.alternatives or 0, progress, False
-        self._decoder = Decoder(
-            self.model,
-            self.tokenizer,
-            self.space,
-            settings.infer.batch_size,
-            calibrate=calibration.apply if calibration else dict,
-        )
+        self._calibrate: Callable[[dict[str, float]], dict[str, float]] = calibration.apply if calibration else dict
+        self._batch_size = settings.infer.batch_size
+        self._decoder = Decoder(self.model, self.tokenizer, self.space, self._batch_size, calibrate=self._calibrate)
 
     def decide(self, texts: Sequence[str]) -> list[Choice]:
         """A valid decision for each text, with its probabilities, in the order of the texts."""
         started = time.perf_counter()
-        found = self._decoder.decide([self._decoder.prompt(text) for text in texts], self._alternatives)
+        asked = [self._decoder.prompt(text) for text in texts]
+        found = self._decoder.decide(asked, self._alternatives)
         each = (time.perf_counter() - started) * 1000 / max(1, len(texts))
         if not self._said_inexact and not all(one.exact for one in found):
             self._said_inexact = True
             self._progress.warn(
-                f"the search for alternatives ends after {SEARCH_PASSES} passes a task: some rows have fewer"
+                f"the search for alternatives ends after {SEARCHED} branches a task: some rows have fewer"
             )
-        return [Choice(c.decision, c.topologies, each, alternatives=self._listed(c)) for c in found]
+        return [
+            Choice(c.decision, c.topologies, each, alternatives=self._listed(c), usage=self._usage(prompt, c.decision))
+            for prompt, c in zip(asked, found, strict=True)
+        ]
+
+    def _usage(self, prompt: Sequence[int], decision: Decision) -> Usage:
+        """The tokens that a decision stands for; most of an answer's are forced and cost no step."""
+        answer = len(prompts.encode_answer(decision, self.tokenizer))
+        return Usage(prompt_tokens=len(prompt), completion_tokens=answer)
+
+    def close(self) -> None:
+        """Nothing is open: the model goes with the object."""
+
+    def over(self, space: DecisionSpace) -> LocalBackend:
+        """The same model over another decision space: what a prompt with other roles would have got."""
+        other = copy.copy(self)
+        other.space = space
+        other._decoder = Decoder(self.model, self.tokenizer, space, self._batch_size, calibrate=self._calibrate)
+        return other
 
     def _listed(self, found: Decoded) -> tuple[Alternative, ...] | None:
         if not self._alternatives:

@@ -8,10 +8,12 @@ offline rules, and says so in `fallback`: the caller always gets a valid decisio
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
+import threading
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
 
 from router_cli import prompts
 from router_cli.backends import Choice, space_from
@@ -21,7 +23,10 @@ from router_cli.schema import Message, Task
 from router_cli.settings import Settings
 from router_cli.space import DecisionSpace
 from router_cli.teachers import Answer, heuristic
+from router_cli.teachers.endpoint import shown
 from router_cli.teachers.openai import OpenAITeacher
+
+Result = TypeVar("Result")
 
 
 class _RemoteRouter(OpenAITeacher):
@@ -32,7 +37,11 @@ class _RemoteRouter(OpenAITeacher):
 
 
 class RemoteBackend:
-    """Decides by asking `infer.model` at `endpoint.base_url`."""
+    """Decides by asking `infer.model` at `endpoint.base_url`.
+
+    One client serves all calls: what the server does not take is found out once, connections are kept. It lives in an
+    event loop of its own, so that `decide` may be called from any thread, and where another loop is running.
+    """
 
     name = "remote"
 
@@ -42,29 +51,61 @@ class RemoteBackend:
         if settings.infer.model is None:
             raise UsageError("--backend remote needs --model, the name under which the server knows the router")
         self.space, self.model_name = space_from(settings), settings.infer.model
+        self._calibration = None
         if settings.infer.adapter is not None:
-            from router_cli.backends.local import read_meta, space_of
+            from router_cli.backends.local import calibration_of, read_meta, space_of
 
-            self.space = space_of(read_meta(settings.infer.adapter))
-        self._settings, self._progress = settings, progress
+            meta = read_meta(settings.infer.adapter)
+            self.space, self._calibration = space_of(meta), calibration_of(meta)
+        self._settings, self._progress = settings.with_values(label__temperature=0.0), progress
+        self._url = shown(settings.endpoint.base_url)
+        self._said_unknown = False
+        self._router: _RemoteRouter | None = self._client()
+        self._free = asyncio.Semaphore(settings.label.concurrency)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="remote router", daemon=True)
+        self._thread.start()
 
     def decide(self, texts: Sequence[str]) -> list[Choice]:
         """A valid decision for each text, in order; all texts are asked at once, within `label.concurrency`."""
-        return asyncio.run(self._decide(texts))
+        return self._run(self._decide(texts))
 
-    async def _decide(self, texts: Sequence[str]) -> list[Choice]:
-        settings = self._settings.with_values(label__temperature=0.0)
+    def close(self) -> None:
+        """Close the connections."""
+        if self._loop.is_closed():
+            return
+        self._run(self._hang_up())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        running = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return running.result()
+        except BaseException:  # Ctrl-C comes here, and the loop knows nothing of it
+            running.cancel()
+            raise
+
+    def _client(self) -> _RemoteRouter:
         extra: dict[str, Any] = {
             "logprobs": True,
             "top_logprobs": 20,
             # Serving must render the prompt as training did: thinking off.
             "chat_template_kwargs": {"enable_thinking": False},
         }
-        router = _RemoteRouter(settings, self._progress, model=self.model_name, extra=extra)
-        free = asyncio.Semaphore(settings.label.concurrency)
+        return _RemoteRouter(self._settings, self._progress, model=self.model_name, extra=extra)
+
+    async def _hang_up(self) -> None:
+        router, self._router = self._router, None
+        if router is not None:
+            await router.close()
+
+    async def _decide(self, texts: Sequence[str]) -> list[Choice]:
+        router = self._router = self._router or self._client()
 
         async def one(number: int, text: str) -> Choice:
-            async with free:
+            async with self._free:
                 started = time.perf_counter()
                 answer = await router.ask(Task(id=str(number), text=text), self.space, "balanced")
                 return self._choice(text, answer, (time.perf_counter() - started) * 1000)
@@ -73,38 +114,67 @@ class RemoteBackend:
             async with asyncio.TaskGroup() as group:
                 asked = [group.create_task(one(i, text)) for i, text in enumerate(texts)]
         except* Exception as failures:
+            # A client that met a final refusal sends nothing more; the next call begins anew.
+            with contextlib.suppress(Exception):
+                await self._hang_up()
             # One refusal ends all requests alike: the first one's words are everybody's.
             raise failures.exceptions[0] from None
-        finally:
-            await router.close()
         return [task.result() for task in asked]
 
     def _choice(self, text: str, answer: Answer, milliseconds: float) -> Choice:
         if answer.decision is None:
             names = ", ".join(violation.name for violation in answer.violations)
             decision, _ = heuristic.decide(text, self.space)
-            return Choice(decision, None, milliseconds, fallback=f"heuristic ({names})")
-        return Choice(answer.decision, topology_shares(answer, self.space.topologies), milliseconds)
+            return Choice(decision, None, milliseconds, fallback=f"heuristic ({names})", usage=answer.usage)
+        shares = topology_shares(answer, self.space.topologies)
+        if shares is None and not self._said_unknown:
+            self._said_unknown = True
+            self._progress.notice(
+                f"{self._url} gives no log probabilities of the topologies: how sure {self.model_name} is stays unknown"
+            )
+        if shares is not None and self._calibration is not None:
+            shares = self._calibration.apply(shares)
+        return Choice(answer.decision, shares, milliseconds, usage=answer.usage)
 
 
 def topology_shares(answer: Answer, topologies: Sequence[str]) -> dict[str, float] | None:
-    """The distribution over topologies, from the server's top log probabilities where the topology's name begins.
+    """The distribution over topologies, from the server's top log probabilities where the topology's name is chosen.
 
-    Normalised over the names that can still follow; None where the server gave none, or its tokens do not show it.
+    Tokens that leave several names open are followed along the answer until they part; elsewhere, where nothing is
+    known of how they go on, their share is divided evenly. Normalised over the names; None where the server gave no
+    log probabilities, or its tokens do not show the name.
     """
+    shares = dict.fromkeys(topologies, 0.0)
     try:
         tokens = answer.logprobs["content"]
-        at = _start_of_value(tokens, '"topology":')
-        shares = dict.fromkeys(topologies, 0.0)
-        for candidate in tokens[at]["top_logprobs"]:
-            piece = candidate["token"].strip().strip('"')
-            meant = [name for name in topologies if piece and (name.startswith(piece) or piece.startswith(name))]
-            if len(meant) == 1:
-                shares[meant[0]] += math.exp(candidate["logprob"])
-    except (TypeError, KeyError, IndexError, ValueError, AttributeError):
+        at, written, reached = _start_of_value(tokens, '"topology":'), "", 1.0
+        while True:
+            chosen = tokens[at]
+            # Some servers list the chosen token only where it is among the likeliest.
+            others = [one for one in chosen["top_logprobs"] if one["token"] != chosen["token"]]
+            if not others and not written:
+                return None
+            for one in others:
+                names = _meant(written + _bare(one["token"]), topologies)
+                for name in names:
+                    shares[name] += reached * math.exp(one["logprob"]) / len(names)
+            written, reached, at = written + _bare(chosen["token"]), reached * math.exp(chosen["logprob"]), at + 1
+            if len(names := _meant(written, topologies)) < 2:
+                break
+        shares[names[0]] += reached
+    except (TypeError, KeyError, IndexError, ValueError, AttributeError, OverflowError):
         return None
     sum_ = sum(shares.values())
     return {name: share / sum_ for name, share in shares.items()} if sum_ > 0 else None
+
+
+def _bare(token: str) -> str:
+    return token.strip().strip('"')
+
+
+def _meant(piece: str, topologies: Sequence[str]) -> list[str]:
+    """The names that `piece` begins, or that it goes on behind."""
+    return [name for name in topologies if piece and (name.startswith(piece) or piece.startswith(name))]
 
 
 def _start_of_value(tokens: Sequence[dict[str, Any]], field: str) -> int:

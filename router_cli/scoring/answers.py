@@ -44,6 +44,8 @@ class Answers:
     problems: tuple[str, ...] = ()
     normalised: int = 0
     note: str = ""
+    # Milliseconds, prompt tokens, completion tokens and dollars (4, tasks); NaN where the row does not say.
+    spent: Array | None = None
 
 
 def read_predictions(path: str) -> Rows:
@@ -76,6 +78,7 @@ def in_order(
     normalised = 0
     probabilities = np.full((len(judged), len(space.topologies)), np.nan)
     confidence = np.full(len(judged), np.nan)
+    spent = np.full((4, len(judged)), np.nan)
     for place, example in enumerate(judged):
         row = rows.by_id.get(example.task_id)
         if row is None:
@@ -96,8 +99,20 @@ def in_order(
         if sure is None and resolved.decision is not None:
             sure = float(probabilities[place, space.topologies.index(resolved.decision.topology)])
         confidence[place] = np.nan if sure is None else sure
+        spent[:, place] = [number(row.get("milliseconds"), 0) or np.nan, *usage(row.get("usage"))]
     labels = np.array([NONE if one is None else space.topologies.index(one.topology) for one in decisions])
-    return Answers(name, kind, labels, probabilities, confidence, tuple(decisions), tuple(problems), normalised)
+    return Answers(
+        name, kind, labels, probabilities, confidence, tuple(decisions), tuple(problems), normalised, spent=spent
+    )
+
+
+def usage(value: object) -> tuple[float, float, float]:
+    """Prompt tokens, completion tokens and dollars of a row's `usage`; NaN for what it does not say."""
+    named = value if isinstance(value, Mapping) else {}
+    found = [number(named.get(name), 0) for name in ("prompt_tokens", "completion_tokens", "cost_usd")]
+    first, second, dollars = (math.nan if one is None else one for one in found)
+    # A label that was made without any token (by rules, or written by people) says nothing about tokens.
+    return (first, second, dollars) if first or second else (math.nan, math.nan, math.nan)
 
 
 def number(value: object, low: float = -math.inf, high: float = math.inf) -> float | None:

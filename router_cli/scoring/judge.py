@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from router_cli.schema import Example, Score
-from router_cli.scoring import metrics
+from router_cli.scoring import metrics, parts
 from router_cli.scoring.answers import Answers
+from router_cli.scoring.gold import About
 from router_cli.scoring.results import (
     Calibration,
     ClassRow,
@@ -18,10 +19,13 @@ from router_cli.scoring.results import (
     Difference,
     Figures,
     Mistake,
+    Own,
     ReliabilityBin,
     RiskPoint,
     SelectiveRisk,
+    Side,
     System,
+    Versus,
 )
 
 if TYPE_CHECKING:
@@ -34,56 +38,105 @@ _CURVE_POINTS = 200
 
 
 def judge(
-    examples: Sequence[Example], systems: Sequence[Answers], classes: Sequence[str], resamples: int, seed: int
+    examples: Sequence[Example],
+    systems: Sequence[Answers],
+    classes: Sequence[str],
+    resamples: int,
+    seed: int,
+    about: Mapping[str, About] | None = None,
 ) -> Figures:
-    """Judge the first of `systems`, the router, by itself and against the others. All arrays follow `examples`."""
+    """Judge the first of `systems`, the router, by itself and against the others. All arrays follow `examples`.
+
+    `about` says what the labels' rows bring beside; the parts of the tasks are made by it.
+    """
     import numpy as np
 
     router, n = systems[0], len(examples)
     gold = np.array([classes.index(example.decision.topology) for example in examples])
-    correct = (router.labels == gold).astype(float)
-    role_f1, role_exact = metrics.role_agreement(
-        [example.decision.roles for example in examples], [one.roles if one else None for one in router.decisions]
-    )
-    step_difference, step_exact = metrics.step_agreement(
-        [example.decision.max_steps for example in examples],
-        [one.max_steps if one else None for one in router.decisions],
-    )
-    measured: dict[str, metrics.Metric] = {
-        "role_f1": partial(metrics.mean, role_f1),
-        "step_difference": partial(metrics.mean, step_difference),
-    }
+    measured: dict[str, metrics.Metric] = {}
     for system in systems:
         measured[f"accuracy of {system.name}"] = partial(metrics.accuracy, gold, system.labels)
         measured[f"macro-F1 of {system.name}"] = partial(metrics.macro_f1, gold, system.labels, len(classes))
     resampled = metrics.bootstrap(measured, n, resamples, seed)
-    rows = tuple(_system(system, router, examples, gold, resampled) for system in systems)
-    own = rows[0]
-    assert own.valid is not None and own.exact is not None  # the router gives whole decisions
-    expected, p = metrics.coin_test(gold, router.labels, resamples, seed)
-    calibration, selective = _confidence(router, gold, correct, resamples, seed)
+    sides = [
+        Side(
+            **dict(_own(one, examples, gold, classes, resamples, seed)),
+            name=one.name,
+            versus=_versus(router, one, gold),
+        )
+        for one in systems
+        if one.kind == "compare"
+    ]
     return Figures(
+        **dict(_own(router, examples, gold, classes, resamples, seed)),
         classes=tuple(classes),
-        valid=own.valid,
-        exact=own.exact,
-        accuracy=own.accuracy,
-        macro_f1=own.macro_f1,
+        systems=tuple(_system(system, router, examples, gold, resampled) for system in systems),
+        sides=tuple(sides),
+        slices=parts.slices(examples, about or {}, systems, classes, resamples, seed),
+        mistakes=tuple(_mistakes(router, examples, (router.labels == gold).astype(float))),
+    )
+
+
+def _own(
+    system: Answers, examples: Sequence[Example], gold: Array, classes: Sequence[str], resamples: int, seed: int
+) -> Own:
+    """Everything about whole decisions that needs no other system."""
+
+    n, count = len(examples), len(classes)
+    correct = (system.labels == gold).astype(float)
+    role_f1, role_exact = metrics.role_agreement(
+        [example.decision.roles for example in examples], [one.roles if one else None for one in system.decisions]
+    )
+    step_difference, step_exact = metrics.step_agreement(
+        [example.decision.max_steps for example in examples],
+        [one.max_steps if one else None for one in system.decisions],
+    )
+    measured: dict[str, metrics.Metric] = {
+        "macro-F1": partial(metrics.macro_f1, gold, system.labels, count),
+        "role_f1": partial(metrics.mean, role_f1),
+        "step_difference": partial(metrics.mean, step_difference),
+    }
+    resampled = metrics.bootstrap(measured, n, resamples, seed)
+    expected, p = metrics.coin_test(gold, system.labels, resamples, seed)
+    calibration, selective = _confidence(system, gold, correct, resamples, seed)
+    counts = metrics.confusion(gold, system.labels, count)
+    taken = counts.sum(axis=0)[:-1]
+    whole = [one == example.decision for one, example in zip(system.decisions, examples, strict=True)]
+    return Own(
+        valid=metrics.wilson(int((system.labels != metrics.NONE).sum()), n),
+        exact=metrics.wilson(sum(whole), n),
+        # A share's bootstrap interval collapses at 0 and 1, Wilson's does not.
+        accuracy=metrics.wilson(int(correct.sum()), n),
+        macro_f1=resampled.score("macro-F1"),
         role_f1=resampled.score("role_f1"),
         role_exact=metrics.wilson(int(role_exact.sum()), n),
         step_exact=metrics.wilson(int(step_exact.sum()), n),
         step_difference=_known(resampled.score("step_difference")),
         per_class=tuple(
             ClassRow(name=name, **asdict(score))
-            for name, score in zip(classes, metrics.per_class(gold, router.labels, len(classes)), strict=True)
+            for name, score in zip(classes, metrics.per_class(gold, system.labels, count), strict=True)
         ),
-        confusion=tuple(
-            tuple(int(count) for count in row) for row in metrics.confusion(gold, router.labels, len(classes))
-        ),
-        systems=rows,
+        confusion=tuple(tuple(int(cell) for cell in row) for row in counts),
         calibration=calibration,
         selective=selective,
         coin=Coin(expected=expected, p=p),
-        mistakes=tuple(_mistakes(router, examples, correct)),
+        entropy=metrics.entropy((taken / max(1.0, taken.sum())).tolist()),
+        spending=parts.spending(system.spent, resamples, seed),
+    )
+
+
+def _versus(router: Answers, other: Answers, gold: Array) -> Versus:
+    first, second = (router.labels == gold).astype(float), (other.labels == gold).astype(float)
+    same = [one is not None and one == two for one, two in zip(router.decisions, other.decisions, strict=True)]
+    alike = (router.labels == other.labels) & (router.labels != metrics.NONE)
+    p = metrics.mcnemar(first, second)
+    assert p is not None  # both are zeros and ones
+    return Versus(
+        same_topology=metrics.wilson(int(alike.sum()), len(gold)),
+        same_decision=metrics.wilson(sum(same), len(gold)),
+        only_router=int((first > second).sum()),
+        only_other=int((second > first).sum()),
+        mcnemar=p,
     )
 
 
@@ -103,14 +156,11 @@ def _system(
     def difference(metric: str) -> Difference | None:
         if system is router:
             return None
-        score = resampled.difference(f"{metric} of {router.name}", f"{metric} of {system.name}")
-        said = metrics.verdict(score)
-        return Difference(score=score, verdict=said.word, tasks=said.tasks, words=str(said))
+        return parts.told(resampled.difference(f"{metric} of {router.name}", f"{metric} of {system.name}"))
 
     return System(
         name=system.name,
         kind=system.kind,
-        # A share's bootstrap interval collapses at 0 and 1, Wilson's does not.
         accuracy=metrics.wilson(int(correct.sum()), n),
         macro_f1=resampled.score(f"macro-F1 of {system.name}"),
         valid=metrics.wilson(int((system.labels != metrics.NONE).sum()), n) if whole else None,

@@ -260,16 +260,26 @@ def bootstrap(metrics: Mapping[str, Metric], n: int, resamples: int = 2000, seed
     return Resampled(n, values, {name: np.concatenate(parts) for name, parts in draws.items()})
 
 
+MOST_TASKS = 100_000
+"""Nobody labels or runs more tasks than this: a difference that needs more is no difference to anybody."""
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """A paired difference in words. `tasks` is how many would tell where these cannot, None where nothing would."""
+    """A paired difference in words. `tasks` is how many would tell where these cannot, None where nothing would.
+
+    `beyond` says that a difference was seen, but that more than `MOST_TASKS` would have to tell it.
+    """
 
     word: Literal["better", "worse", "cannot tell"]
     tasks: int | None = None
+    beyond: bool = False
 
     def __str__(self) -> str:
         if self.word != "cannot tell":
             return self.word
+        if self.beyond:
+            return f"cannot tell; not even {MOST_TASKS:,} tasks would"
         return f"cannot tell; about {self.tasks:,} tasks would" if self.tasks else "cannot tell; no difference seen"
 
 
@@ -283,13 +293,36 @@ def verdict(difference: Score) -> Verdict:
         return Verdict("better")
     if difference.high < 0:
         return Verdict("worse")
-    if difference.value == 0:
+    if abs(difference.value) < 1e-9:  # sums of shares that cancel leave a rest in the last digits
         return Verdict("cannot tell")
     half = difference.value - difference.low if difference.value > 0 else difference.high - difference.value
     # One more than now at least: an end that lies on 0 itself has a half as wide as the difference.
     needed = max(difference.n + 1, math.ceil(difference.n * (half / difference.value) ** 2))
+    if needed > MOST_TASKS:
+        return Verdict("cannot tell", beyond=True)
     unit = 10 ** max(0, len(str(needed)) - 2)
     return Verdict("cannot tell", -(-needed // unit) * unit)
+
+
+def mcnemar(first: Array, second: Array) -> float | None:
+    """Exact two-sided McNemar test (1947) of two rows of zeros and ones; rows with NaN are left out.
+
+    None where a value is anything else: means of repeats and coins are no single outcomes.
+    """
+    import numpy as np
+
+    known = ~np.isnan(first) & ~np.isnan(second)
+    a, b = first[known], second[known]
+    if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
+        return None
+    only_a, only_b = int((a > b).sum()), int((b > a).sum())
+    n, k = only_a + only_b, min(only_a, only_b)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n) if n else 1.0
+
+
+def entropy(shares: Collection[float]) -> float:
+    """Shannon entropy of a mix, in bits."""
+    return 0.0 - sum(share * math.log2(share) for share in shares if share > 0)
 
 
 def coin_test(gold: Array, predicted: Array, resamples: int = 2000, seed: int = 42) -> tuple[float, float]:

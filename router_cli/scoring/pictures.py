@@ -1,19 +1,22 @@
 """The report's pictures as inline SVG. Colours are the page's CSS classes, so that they follow light and dark.
 
-Nothing here draws with a plotting library: five charts of lines, dots and boxes need none, and text stays text.
+Six charts of lines, dots and boxes need no plotting library, and text stays text. The curves of a training are a PNG,
+which model cards show everywhere: those are matplotlib's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 from router_cli.schema import Score
-from router_cli.scoring.results import Calibration, LossPoint, SelectiveRisk
+from router_cli.scoring.results import Calibration, CostPoint, LossPoint, SelectiveRisk
 
 _WIDTH, _HEIGHT = 460, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 14, 44
+
+_TONES = ("accent", "good", "bad", "muted")
 
 Scale = Callable[[float], float]
 
@@ -81,15 +84,48 @@ def reliability(calibration: Calibration) -> str:
     return _svg(_WIDTH, _HEIGHT, f"Reliability diagram: tasks by confidence. {words}", "".join(body))
 
 
-def risk_coverage(selective: SelectiveRisk) -> str:
-    """Share of errors among the answered tasks by the share answered, from the surest on."""
+def risk_coverage(selective: SelectiveRisk, others: Sequence[tuple[str, SelectiveRisk]] = (), name: str = "") -> str:
+    """Share of errors among the answered tasks by the share answered, from the surest on; one line a system."""
     error = selective.curve[-1].risk
-    body, x, y = _axes(0, 1, 0, max(0.05, *(point.risk for point in selective.curve)), "coverage", "risk (error share)")
+    every = [(name, selective), *others]
+    top = max(0.05, *(point.risk for _, one in every for point in one.curve))
+    body, x, y = _axes(0, 1, 0, top, "coverage", "risk (error share)")
     body.append(f'<line class="axis dashed" x1="{x(0)}" y1="{y(error)}" x2="{x(1)}" y2="{y(error)}"/>')
-    body.append(_line([(x(point.coverage), y(point.risk)) for point in selective.curve], "accent"))
+    for place, (_, one) in enumerate(every):
+        body.append(_line([(x(point.coverage), y(point.risk)) for point in one.curve], _TONES[place % len(_TONES)]))
+    if others:
+        body += _legend([one for one, _ in every])
     half = min(selective.curve, key=lambda point: abs(point.coverage - 0.5))
     words = f"all tasks {error:.2f} errors, the surest {half.coverage:.0%} {half.risk:.2f} errors"
     return _svg(_WIDTH, _HEIGHT, f"Risk-coverage curve: {words}", "".join(body))
+
+
+def cost_quality(points: Sequence[CostPoint], free: Sequence[tuple[str, float]]) -> str:
+    """Agreement with the labels by what is handed to the teacher, the least sure first; `free` are (name, agreement)
+    of systems that cost nothing. The dashed line hands over at random."""
+    priced = all(point.dollars is not None for point in points)
+    cost = [point.dollars or 0.0 if priced else point.asked for point in points]
+    bottom = max(0.0, min([point.agreement for point in points] + [value for _, value in free]) - 0.03)
+    unit = "US dollars a task for the teacher" if priced else "share of the tasks that the teacher gets"
+    right = max(cost) or 1.0
+    body, x, y = _axes(0, right, bottom, 1, unit, "agreement")
+    first, last = points[0], points[-1]
+    body.append(
+        f'<line class="axis dashed" x1="{x(cost[0])}" y1="{y(first.agreement)}" x2="{x(cost[-1])}" '
+        f'y2="{y(last.agreement)}"/>'
+    )
+    shown = [(x(at), y(point.agreement)) for at, point in zip(cost, points, strict=True)]
+    body.append(_line(shown, "accent"))
+    dots = [("router", "accent", shown[0], "start"), ("teacher", "good", shown[-1], "end")]
+    dots += [(name, "muted", (x(0), y(value)), "start") for name, value in free]
+    for name, tone, (at, up), anchor in dots:
+        body.append(
+            f'<circle class="{tone} dot" cx="{at}" cy="{up}" r="4"/><text class="tick" '
+            f'x="{at + (7 if anchor == "start" else -7)}" y="{up + 15}" text-anchor="{anchor}">{escape(name)}</text>'
+        )
+    half = min(zip(cost, points, strict=True), key=lambda one: abs(one[1].asked - 0.5))
+    words = f"router alone {first.agreement:.2f}, with the teacher on {half[1].asked:.0%} {half[1].agreement:.2f}"
+    return _svg(_WIDTH, _HEIGHT, f"Cost and quality: {words}", "".join(body))
 
 
 def loss_curve(points: Sequence[LossPoint]) -> str:
@@ -102,30 +138,35 @@ def loss_curve(points: Sequence[LossPoint]) -> str:
     steps = [step for _, _, found in drawn for step, _ in found]
     losses = [loss for _, _, found in drawn for _, loss in found]
     body, x, y = _axes(min(0, *steps), max(*steps, min(steps) + 1), min(0, *losses), max(*losses, 1e-3), "step", "loss")
-    for place, (name, tone, found) in enumerate(drawn):
+    for _, tone, found in drawn:
         shown = [(x(step), y(loss)) for step, loss in found]
         body.append(_line(shown, tone))
         body += [f'<circle class="{tone} dot" cx="{at}" cy="{up}" r="2.5"/>' for at, up in shown if len(shown) < 40]
-        at = _WIDTH - _RIGHT - 96
-        body.append(
-            f'<line class="{tone} thick" x1="{at}" y1="{24 + 18 * place}" x2="{at + 22}" y2="{24 + 18 * place}"/>'
-            f'<text class="tick" x="{at + 30}" y="{28 + 18 * place}">{name}</text>'
-        )
+    body += _legend([name for name, _, _ in drawn], [tone for _, tone, _ in drawn])
     words = "; ".join(f"{name} from {found[0][1]:.3f} to {found[-1][1]:.3f}" for name, _, found in drawn)
     return _svg(_WIDTH, _HEIGHT, f"Loss curve: {words}", "".join(body))
 
 
-def loss_picture(points: Sequence[LossPoint]) -> str:
-    """The loss curve as an SVG file of its own, with the few styles it needs."""
-    if not any(point.loss is not None for point in points):
-        return _svg(_WIDTH, _HEIGHT, "No loss was logged", "")
-    style = (
-        "<style>svg{background:#fff;font:12px system-ui,sans-serif}.grid{stroke:#e2e6ec}.axis{stroke:#98a2b3}"
-        ".line{fill:none;stroke-width:2.25}.accent{stroke:#3059c9}.good{stroke:#14804a}.dot.accent{fill:#3059c9}"
-        ".dot.good{fill:#14804a}.thick{stroke-width:3}text{fill:#1c2330}</style>"
-    )
-    opened = loss_curve(points).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
-    return opened.replace("><title>", f">{style}<title>", 1)
+def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], across: str) -> bytes:
+    """Lines by name in one panel each, side by side, as a PNG; a panel or line without points is left out."""
+    import io
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = {name: {one: points for one, points in lines.items() if points} for name, lines in panels.items()}
+    drawn = {name: lines for name, lines in drawn.items() if lines}
+    figure = Figure(figsize=(4.8 * max(1, len(drawn)), 3.4), dpi=144, layout="constrained")
+    for place, (name, lines) in enumerate(drawn.items()):
+        axes = figure.add_subplot(1, len(drawn), place + 1)
+        for one, points in lines.items():
+            axes.plot(*zip(*points, strict=True), label=one, marker="o" if len(points) < 40 else None, markersize=3)
+        axes.set(xlabel=across, ylabel=name)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    file = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(file)
+    return file.getvalue()
 
 
 def _svg(width: float, height: float, alt: str, body: str, kind: str = "chart") -> str:
@@ -133,6 +174,16 @@ def _svg(width: float, height: float, alt: str, body: str, kind: str = "chart") 
         f'<svg class="{kind}" role="img" aria-label="{escape(alt)}" viewBox="0 0 {width:g} {height:g}" '
         f'width="{width:g}" height="{height:g}"><title>{escape(alt)}</title>{body}</svg>'
     )
+
+
+def _legend(names: Sequence[str], tones: Sequence[str] | None = None) -> list[str]:
+    """Names of lines, in the corner on the upper right; long names are cut."""
+    at = _WIDTH - _RIGHT - 116
+    return [
+        f'<line class="{tone} thick" x1="{at}" y1="{24 + 18 * place}" x2="{at + 22}" y2="{24 + 18 * place}"/>'
+        f'<text class="tick" x="{at + 30}" y="{28 + 18 * place}">{escape(name[:14])}</text>'
+        for place, (name, tone) in enumerate(zip(names, tones or _TONES * len(names), strict=False))
+    ]
 
 
 def _axes(

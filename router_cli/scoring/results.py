@@ -107,6 +107,22 @@ class Mistake(Record):
     why: str = ""
 
 
+class Changed(Record):
+    """One way to ask the same thing otherwise, and the share of the topologies and of the decisions that change."""
+
+    name: str
+    what: str
+    topology: Score
+    decision: Score
+
+
+class Flip(Record):
+    """The flip test: decisions about `tasks` of the judged tasks, asked once as they are and once otherwise."""
+
+    tasks: int
+    changed: tuple[Changed, ...]
+
+
 class Counts(Record):
     """Rows on both sides, so that nothing is dropped in silence."""
 
@@ -123,10 +139,59 @@ class Counts(Record):
     normalised: int
 
 
-class Figures(Record):
-    """Everything measured. Shares have Wilson intervals, all other figures bootstrap intervals, all at 95 %."""
+class Spending(Record):
+    """What an answer takes, over the `n` judged tasks that bring any of these figures; means a task.
 
-    classes: tuple[str, ...]
+    `dollars` are what was paid to somebody else's endpoint: the time of one's own machine has no price here.
+    """
+
+    n: int
+    milliseconds: Score | None
+    median_milliseconds: float | None
+    p95_milliseconds: float | None
+    prompt_tokens: Score | None
+    completion_tokens: Score | None
+    dollars: Score | None
+
+
+class Slice(Record):
+    """A part of the judged tasks: the router there, and against the best baseline (of all tasks, by accuracy)."""
+
+    kind: Literal["data set", "language", "length", "teacher confidence"]
+    name: str
+    n: int
+    accuracy: Score
+    over_baseline: Difference | None
+
+
+class Ceiling(Record):
+    """How far the teacher agrees with itself: its votes with its label, or a second label file with the first.
+
+    No router can be expected to agree more; `router` is the router's accuracy minus this, on the same tasks.
+    """
+
+    source: Literal["votes", "second file"]
+    agreement: Score
+    # Of a second file's labels, judged like a router's answers.
+    macro_f1: Score | None
+    router: Difference
+
+
+class CostPoint(Record):
+    """The router answers where it is at least `threshold` sure, the teacher the rest: what that costs and agrees with.
+
+    `asked` is the share of the tasks that the teacher gets, `dollars` what these cost, a task of all (None: unknown).
+    """
+
+    asked: float
+    dollars: float | None
+    agreement: float
+    threshold: float | None
+
+
+class Own(Record):
+    """One system's decisions by themselves. Shares have Wilson intervals, all else bootstrap intervals, at 95 %."""
+
     valid: Score
     exact: Score
     accuracy: Score
@@ -139,10 +204,40 @@ class Figures(Record):
     per_class: tuple[ClassRow, ...]
     # Gold (rows) by prediction (columns); the last column is "no valid decision".
     confusion: tuple[tuple[int, ...], ...]
-    systems: tuple[System, ...]
     calibration: Calibration | None
     selective: SelectiveRisk | None
     coin: Coin
+    # Entropy of the mix of topologies, in bits: 0 is constant, 2 is four topologies alike.
+    entropy: float
+    spending: Spending | None
+
+
+class Versus(Record):
+    """The router and another system task by task: where they agree, and who alone names the labelled topology."""
+
+    same_topology: Score
+    same_decision: Score
+    only_router: int
+    only_other: int
+    # Exact McNemar test of the two counts.
+    mcnemar: float
+
+
+class Side(Own):
+    """A compared router, as wide as the report's own."""
+
+    name: str
+    versus: Versus
+    loss: tuple[LossPoint, ...] | None = None
+
+
+class Figures(Own):
+    """Everything measured."""
+
+    classes: tuple[str, ...]
+    systems: tuple[System, ...]
+    sides: tuple[Side, ...]
+    slices: tuple[Slice, ...]
     mistakes: tuple[Mistake, ...]
 
 
@@ -161,6 +256,9 @@ class Report(Figures):
     counts: Counts
     # Judged labels by the teacher that gave them.
     label_teachers: dict[str, int]
-    # How often the teacher's votes agreed with its own label, over the labels that record it.
-    ceiling: Score | None
+    # What a label took, over the judged labels that record it.
+    teacher_spending: Spending | None
+    ceiling: Ceiling | None
+    cost_quality: tuple[CostPoint, ...] | None
     loss: tuple[LossPoint, ...] | None
+    flip: Flip | None = None

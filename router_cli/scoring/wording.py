@@ -6,9 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from router_cli.schema import Score
-from router_cli.scoring.results import Counts, Figures, System
+from router_cli.scoring.results import Ceiling, Changed, Counts, Figures, Flip, Own, Side, Spending, System
 
 FEW_TASKS = 30
+COLLAPSED = 0.95
+"""From this share of one topology on, a router hardly chooses any more."""
+LOW_ENTROPY = 0.4
+"""Bits. A mix below says as little: 92 % of one topology and 8 % of another have .40, four topologies alike 2."""
 _NAMED = 5
 
 
@@ -27,14 +31,17 @@ class Surroundings:
     # Judged tasks that a compared system has no prediction for.
     missing_elsewhere: Mapping[str, int] = field(default_factory=dict)
     fallbacks: int = 0
-    ceiling: Score | None = None
+    ceiling: Ceiling | None = None
+    spending: Spending | None = None
+    flip: Flip | None = None
 
 
 def summary(figures: Figures) -> tuple[str, str]:
     """How good the router is, and what it is better than."""
-    n = figures.accuracy.n
+    n, name = figures.accuracy.n, figures.systems[0].name
+    who = "The router" if name == "router" else name
     first = (
-        f"The router gives {round(figures.accuracy.value * n)} of {n} tasks the labelled topology: accuracy "
+        f"{who} gives {round(figures.accuracy.value * n)} of {n} tasks the labelled topology: accuracy "
         f"{interval(figures.accuracy)}, macro-F1 {interval(figures.macro_f1)}."
     )
     said: dict[str, list[str]] = {"better": [], "worse": [], "cannot tell": []}
@@ -63,10 +70,9 @@ def warnings(figures: Figures, around: Surroundings) -> list[str]:
     support = {row.name: row.support for row in figures.per_class if row.support}
     if len(support) == 1:
         found.append(f"All judged labels are {next(iter(support))}: nothing can be told about choosing a topology.")
-    taken = {row.name: row.predicted for row in figures.per_class if row.predicted}
-    if len(taken) == 1:
-        found.append(f"The router is constant: every valid decision is {next(iter(taken))}.")
-    elif len(support) > 1 and figures.coin.p > 0.05:
+    if said := collapsed(figures):
+        found.append(f"The router {said}.")
+    if figures.entropy > 0 and len(support) > 1 and figures.coin.p > 0.05:
         found.append(
             f"The router is no better than a coin of its own mix: it agrees with {figures.accuracy.value:.3f} of the "
             f"labels, the coin with {figures.coin.expected:.3f} (permutation test, p = {figures.coin.p:.2f})."
@@ -100,6 +106,57 @@ def warnings(figures: Figures, around: Surroundings) -> list[str]:
     return found
 
 
+def collapsed(own: Own) -> str:
+    """What is said of a router that gives (nearly) all tasks the same topology; nothing of any other."""
+    taken = {row.name: row.predicted for row in own.per_class if row.predicted}
+    if not taken:
+        return ""
+    most = max(taken, key=lambda name: taken[name])
+    if len(taken) == 1:
+        return f"is constant: every valid decision is {most}"
+    return hardly_varies(most, taken[most] / sum(taken.values()), own.entropy)
+
+
+def hardly_varies(most: str, share: float, entropy: float) -> str:
+    """The collapse alarm: one topology has `COLLAPSED` of the tasks, or the mix less than `LOW_ENTROPY` bits."""
+    if share < COLLAPSED and entropy >= LOW_ENTROPY:
+        return ""
+    return (
+        f"hardly varies: {share:.0%} of the tasks get {most}, {entropy:.2f} bits of entropy (alarm: {COLLAPSED:.0%} of "
+        f"one topology, or below {LOW_ENTROPY} bits)"
+    )
+
+
+def versus(side: Side) -> str:
+    """The router and a compared one, task by task."""
+    one = side.versus
+    return (
+        f"{side.name}: the same topology on {one.same_topology.value:.1%} of the tasks, the same decision on "
+        f"{one.same_decision.value:.1%}; the router alone is right on {one.only_router}, {side.name} alone on "
+        f"{one.only_other} (McNemar p {'< 0.001' if one.mcnemar < 0.001 else f'= {one.mcnemar:.3f}'})."
+    )
+
+
+def flipped(one: Changed) -> str:
+    """One line of the flip test."""
+    return (
+        f"Flip test, {one.name} ({one.what}): {one.topology.value:.1%} of {one.topology.n} decisions change topology "
+        f"({one.topology.low:.1%} to {one.topology.high:.1%}), {one.decision.value:.1%} change at all."
+    )
+
+
+def taken(own: Spending) -> str:
+    """What an answer takes: `12.3 ms (median; 95 % within 20.1), 210 + 30 tokens, $0.0004`."""
+    said = []
+    if own.median_milliseconds is not None and own.p95_milliseconds is not None:
+        said.append(f"{own.median_milliseconds:,.1f} ms (median; 95 % within {own.p95_milliseconds:,.1f})")
+    if own.prompt_tokens and own.completion_tokens:
+        said.append(f"{own.prompt_tokens.value:,.0f} + {own.completion_tokens.value:,.0f} tokens")
+    if own.dollars:
+        said.append(f"${own.dollars.value:.2g}")
+    return ", ".join(said)
+
+
 def notes(figures: Figures, around: Surroundings) -> list[str]:
     """What was done, so that the figures can be read."""
     found = []
@@ -131,9 +188,25 @@ def notes(figures: Figures, around: Surroundings) -> list[str]:
     elif not around.teachers:
         found.append("The labels do not record which teacher gave them.")
     if around.ceiling is None:
-        found.append("No label records repeated votes, so the teacher's own repeatability, the ceiling, is not known.")
+        found.append(
+            "No label records repeated votes and no second label file names the same tasks, so the teacher's own "
+            "repeatability, the ceiling, is not known."
+        )
     else:
-        found.append(f"Ceiling: the teacher's votes agree with its own labels at {interval(around.ceiling)}.")
+        one = around.ceiling
+        who = "votes agree with its own labels" if one.source == "votes" else "second file agrees with the first"
+        found.append(
+            f"Ceiling: the teacher's {who} at {interval(one.agreement)}, over {one.agreement.n} tasks; the router "
+            f"minus that: {one.router.score.value:+.3f} ({one.router.score.low:+.3f} to {one.router.score.high:+.3f}), "
+            f"{one.router.words}."
+        )
+    if figures.spending and (said := taken(figures.spending)):
+        found.append(f"A decision of the router takes {said}; its own machine's time has no price here.")
+    if around.spending and (said := taken(around.spending)):
+        found.append(f"A label of the teacher took {said}.")
+    if around.flip:
+        found += [flipped(one) for one in around.flip.changed]
+    found += [versus(side) for side in figures.sides]
     return found
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from router_cli.schema import Score
-from router_cli.scoring import metrics, oracles, policies, routing, worth_words
+from router_cli.scoring import metrics, oracles, parts, policies, routing, worth_words
 from router_cli.scoring.outcomes import Table, subset
 from router_cli.scoring.policies import Kind, Policy, Wish, Wished
-from router_cli.scoring.results import Difference
 from router_cli.scoring.worth_results import (
     CurvePoint,
     PolicyRow,
@@ -191,8 +189,8 @@ def _rows(everybody: Sequence[Policy], how: Choosing) -> list[PolicyRow]:
         assert solved is not None  # every policy says something
         difference, test = None, None
         if place and (found := score(f"{place} by solved")) is not None:
-            difference = _difference(found)
-            test = mcnemar(first.solved, one.solved)
+            difference = parts.told(found)
+            test = metrics.mcnemar(first.solved, one.solved)
         rows.append(
             PolicyRow(
                 name=one.name,
@@ -210,27 +208,6 @@ def _rows(everybody: Sequence[Policy], how: Choosing) -> list[PolicyRow]:
             )
         )
     return rows
-
-
-def _difference(score: Score) -> Difference:
-    said = metrics.verdict(score)
-    return Difference(score=score, verdict=said.word, tasks=said.tasks, words=str(said))
-
-
-def mcnemar(first: Array, second: Array) -> float | None:
-    """Exact two-sided McNemar test (1947) of two rows of zeros and ones; rows with NaN are left out.
-
-    None where a value is anything else: means of repeats and coins are no single outcomes.
-    """
-    import numpy as np
-
-    known = ~np.isnan(first) & ~np.isnan(second)
-    a, b = first[known], second[known]
-    if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
-        return None
-    only_a, only_b = int((a > b).sum()), int((b > a).sum())
-    n, k = only_a + only_b, min(only_a, only_b)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n) if n else 1.0
 
 
 # -- the field's metrics ----------------------------------------------------------------------------------------
@@ -298,5 +275,5 @@ def _teacher(table: Table, own: Sequence[Policy], oracle: Policy, how: Choosing)
     measured = {name: partial(metrics.mean, each[known]) for name, each in values.items()}
     resampled = metrics.bootstrap(measured, len(known), how.resamples, how.seed)
     return TeacherRegret(
-        tasks=len(known), over_coin=_difference(resampled.score("coin")), regret=resampled.score("regret")
+        tasks=len(known), over_coin=parts.told(resampled.score("coin")), regret=resampled.score("regret")
     )

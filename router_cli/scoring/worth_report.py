@@ -8,7 +8,7 @@ from pathlib import Path
 
 from router_cli import jsonl
 from router_cli.schema import Score
-from router_cli.scoring import pictures, report, routing, worth_words
+from router_cli.scoring import page, pictures, routing, worth_words
 from router_cli.scoring.worth_results import PolicyRow, Replayed, WorthReport
 
 _TONES = {"router": "accent", "compare": "accent", "oracle": "good"}
@@ -25,29 +25,19 @@ def html(found: WorthReport) -> str:
     """The page."""
     parts = []
     for one in found.tables:
-        parts.append(
-            f"<header><p class='over'>router eval: worth</p><h1>{escape(one.summary[0])}</h1>"
-            f"<p class='lead'>{escape(one.summary[1])}</p></header>"
-        )
-        if one.warnings:
-            items = "".join(f"<li>{escape(warning)}</li>" for warning in one.warnings)
-            parts.append(f"<section class='warnings'><h2>Read with care</h2><ul>{items}</ul></section>")
-        parts.append(report._section("Policies", _policies(one), _LEGEND))
+        parts.append(page.header("router eval: worth", one.summary))
+        parts.append(page.warnings(one.warnings))
+        parts.append(page.section("Policies", _policies(one), _LEGEND))
         parts.append('<div class="two">')
         if (picture := cost_quality(one)) is not None:
-            parts.append(report._section("Cost and quality", f"<figure>{picture}</figure>", _PICTURE))
-        parts.append(report._section("Metrics of the field", _metrics(one)))
+            parts.append(page.section("Cost and quality", f"<figure>{picture}</figure>", _PICTURE))
+        parts.append(page.section("Metrics of the field", _metrics(one)))
         parts.append("</div>")
         said = "".join(f"<li>{escape(note)}</li>" for note in one.notes)
-        parts.append(report._section("How to read it", f"<ul class='words'>{said}</ul>"))
-    parts.append(report._section("How this was made", _made(found)))
+        parts.append(page.section("How to read it", f"<ul class='words'>{said}</ul>"))
+    parts.append(page.section("How this was made", _made(found)))
     title = ", ".join(one.name for one in found.tables)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Router worth: {escape(title)}</title><style>{report._STYLE}</style></head>"
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
-    )
+    return page.document(f"Router worth: {title}", parts)
 
 
 def cost_quality(found: Replayed) -> str | None:
@@ -96,17 +86,17 @@ def _policies(found: Replayed) -> str:
         name = f"<th scope='row' style='min-width:12em'>{escape(row.name)}"
         tone = "accent" if row.kind == "router" else "muted"
         detail = "; ".join(part for part in (worth_words.mix(row), row.note) if part)
-        test = f"<span class='note'>McNemar p {report._p(row.mcnemar)}</span>" if row.mcnemar is not None else ""
+        test = f"<span class='note'>McNemar p {page.p(row.mcnemar)}</span>" if row.mcnemar is not None else ""
         rows.append(
             f"<tr class='{row.kind}'>{name}<span class='note'>{escape(detail)}</span></th>"
-            f"<td>{pictures.interval_bar(row.solved, 0, 1, tone)}{report._score(row.solved)}</td>"
-            f"<td>{report._difference(row.solved_difference, reach)}{test}</td>"
+            f"<td>{pictures.interval_bar(row.solved, 0, 1, tone)}{page.score(row.solved)}</td>"
+            f"<td>{page.difference(row.solved_difference, reach)}{test}</td>"
             f"<td>{_amount(row.dollars, True)}</td><td>{_amount(row.tokens, False)}</td>"
             f"<td>{_amount(row.dollars_difference, True)}</td>"
             + (f"<td>{_amount(row.bill, True)}</td>" if billed else "")
             + "</tr>"
         )
-    return report._table([*head, "bill a task"] if billed else head, rows)
+    return page.table([*head, "bill a task"] if billed else head, rows)
 
 
 def _amount(score: Score | None, dollars: bool) -> str:
@@ -128,8 +118,8 @@ def _metrics(found: Replayed) -> str:
 
     def value(score: Score | float | None) -> str:
         if isinstance(score, Score):
-            return report._score(score)
-        return report._plain(score)
+            return page.score(score)
+        return page.plain(score)
 
     facts: Sequence[tuple[str, Score | float | None, str]] = (
         ("PGR", one.pgr, f"of the gap from {one.weak} to {one.strong}, this share is recovered"),
@@ -147,7 +137,7 @@ def _metrics(found: Replayed) -> str:
         f"<td class='words'>{escape(words)}</td></tr>"
         for name, score, words in facts
     ]
-    return report._table(("metric", "value", ""), rows)
+    return page.table(("metric", "value", ""), rows)
 
 
 def _made(found: WorthReport) -> str:
@@ -160,9 +150,7 @@ def _made(found: WorthReport) -> str:
         "resamples, seed": f"{found.resamples}, {found.seed}",
         "made with": found.made_with,
     }
-    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
-    said = "".join(f"<li>{escape(note)}</li>" for note in found.notes)
-    return f"<ul class='words'>{said}</ul><dl>{listed}</dl>"
+    return page.listed(facts, found.notes)
 
 
 _LEGEND = (

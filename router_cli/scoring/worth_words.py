@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from router_cli.schema import Score
-from router_cli.scoring.wording import FEW_TASKS, interval
+from router_cli.scoring.metrics import entropy
+from router_cli.scoring.wording import FEW_TASKS, hardly_varies, interval
 from router_cli.scoring.worth_results import PolicyRow, Replayed
-
-COLLAPSED = 0.95
-"""From this share of one topology on, a router hardly chooses any more."""
 
 
 def summary(found: Replayed) -> tuple[str, str]:
@@ -57,8 +55,8 @@ def _flaws(found: Replayed) -> list[str]:
     if len(first.mix) == 1 and share == 1:
         return [f"The router is constant: every task gets {most}, so it is worth what always {most} is."]
     said = []
-    if share >= COLLAPSED:
-        said.append(f"The router hardly varies: {share:.0%} of the tasks get {most}.")
+    if alarm := hardly_varies(most, share, entropy(first.mix.values())):
+        said.append(f"The router {alarm}.")
     coin = next((row for row in found.policies if row.name == "same-mix coin"), None)
     if coin is not None and coin.solved_difference is not None and coin.solved_difference.verdict != "better":
         verdict, score = coin.solved_difference.verdict, coin.solved_difference.score

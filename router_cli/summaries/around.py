@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from router_cli.settings import Settings, fields
-from router_cli.summaries.evaluate import comparison
+from router_cli.summaries.evaluate import comparison, worth_line
 from router_cli.summaries.infer import decision_table
 from router_cli.summaries.shown import Shown, document
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def started(run: Quickstart) -> Shown:
     """The closing panel of the quickstart."""
-    assert run.report is not None and run.trained is not None  # the loop has ended
+    assert run.report is not None and run.trained is not None and run.worth is not None  # the loop has ended
     adapter = run.folder / "adapter"
     made = Table(show_header=False, box=None, pad_edge=False)
     for file, what in (
@@ -32,12 +32,14 @@ def started(run: Quickstart) -> Shown:
         ("adapter/", f"LoRA on {run.base.name}, {run.trained.steps} steps"),
         ("predictions.jsonl", "its decisions for the test tasks"),
         ("report.html", "how good they are (report.json for programs)"),
+        ("worth/", "what they would have been worth on recorded runs"),
     ):
         made.add_row(Text(file, style="bold"), what)
     times = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in run.seconds.items())
     decisions = [Group(Text(f"\n“{text}”", style="italic"), decision_table(row)) for text, row in run.examples]
     following = (
         f'router infer --adapter {adapter} "your own task"\n'
+        f"router eval --outcomes humaneval-mapcoder --adapter {adapter}\n"
         "router label --data YOUR_TASKS.jsonl --output labels.jsonl\n"
         "router train --data labels.jsonl --model Qwen/Qwen3-8B --use-4bit --bf16"
     )
@@ -49,6 +51,8 @@ def started(run: Quickstart) -> Shown:
         comparison(run.report),
         Text("\nThree decisions", style="bold cyan"),
         *decisions,
+        Text("\nWorth, had it decided", style="bold cyan"),
+        Text(worth_line(run.worth.tables[0])),
         Text("\nNext", style="bold cyan"),
         Text(following),
     )
@@ -59,6 +63,7 @@ def started(run: Quickstart) -> Shown:
         "training": document(run.trained),
         "examples": [{"task": text, **row.model_dump(mode="json")} for text, row in run.examples],
         "report": run.report.model_dump(mode="json"),
+        "worth": run.worth.model_dump(mode="json"),
     }
     return Panel(body, title="router quickstart", title_align="left"), shown
 

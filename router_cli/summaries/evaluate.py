@@ -8,12 +8,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from router_cli.scoring.worth_words import mix, money
 from router_cli.settings import Settings
 from router_cli.summaries.shown import Shown
 
 if TYPE_CHECKING:
     from router_cli.scoring.results import Report
-    from router_cli.scoring.worth_results import Replayed, WorthReport
+    from router_cli.scoring.worth_results import PolicyRow, Replayed, WorthReport
 
 
 def judged(report: Report, settings: Settings) -> Shown:
@@ -72,3 +73,20 @@ def worth_table(found: Replayed) -> Table:
             else "",
         )
     return table
+
+
+def worth_line(found: Replayed) -> str:
+    """One table in a few words: what the router and the fixed topologies solve and cost, and what that can tell."""
+
+    def told(row: PolicyRow) -> str:
+        return f"{row.solved.value:.3f}" + (f" at {money(row.dollars.value)}" if row.dollars else "")
+
+    first, *others = found.policies
+    fixed = "; ".join(f"{row.name} {told(row)}" for row in others if row.kind == "fixed")
+    coin = next(
+        (row.solved_difference.words for row in others if row.name == "same-mix coin" and row.solved_difference), ""
+    )
+    return (
+        f"On recorded runs of {found.worker} on {found.counts.judged} tasks of {found.benchmark}, {first.name} "
+        f"solves {told(first)} a task ({mix(first)}); {fixed}. Against a coin of its own mix: {coin or 'not known'}."
+    )

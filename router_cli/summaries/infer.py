@@ -13,6 +13,7 @@ from router_cli.schema import Prediction
 from router_cli.summaries.shown import Shown, document
 
 if TYPE_CHECKING:
+    from router_cli.bulk import BulkResult
     from router_cli.infer import InferResult
 
 
@@ -32,11 +33,23 @@ def decided(result: InferResult, as_json: bool) -> Shown:
     return Text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows)), {"predictions": rows}
 
 
-def unsure(result: InferResult) -> list[str]:
+def sharded(result: BulkResult) -> Shown:
+    """A folder of shards as a few lines."""
+    lines = [f"{result.shards} shards stand in {result.output} ({result.resumed} from before)"]
+    lines.append(f"{result.decided} decisions added")
+    if result.fallbacks:
+        lines.append(f"{result.fallbacks} of them are fallbacks: see the field fallback")
+    lines += unsure(result)
+    if result.skipped:
+        lines.append(f"{result.skipped} lines could not be read and were skipped")
+    return Text("\n".join(lines)), document(result)
+
+
+def unsure(result: InferResult | BulkResult) -> list[str]:
     """What became of the decisions below the confidence asked for, and what that cost."""
     if result.threshold is None:
         return []
-    count, usage = sum(result.unsure.values()), result.usage
+    count, usage = sum(result.unsure.values()), getattr(result, "usage", None)
     who = {"none": "decided by nobody", "decision": "the given decision"}
     mix = ", ".join(f"{who.get(name, name)} {number}" for name, number in result.unsure.items())
     lines = [f"{count} of {result.decided} below the confidence {result.threshold:g}" + (f": {mix}" if mix else "")]

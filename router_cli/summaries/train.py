@@ -17,7 +17,8 @@ def trained(result: TrainResult) -> Shown:
     if result.adapter is None:
         return Text(f"{result.base.name} is at {result.base.folder}"), document(result)
     if result.already_done:
-        return Text(f"adapter in {result.adapter} (made before)"), document(result)
+        made = [f"adapter in {result.adapter} (made before)", *(f"exported to {path}" for path in result.exported)]
+        return Text("\n".join(made)), document(result)
     score = result.validation_macro_f1
     lines = [
         f"adapter in {result.adapter}: {result.train_examples} examples, {result.steps} steps, {result.seconds:.0f} s",
@@ -29,4 +30,5 @@ def trained(result: TrainResult) -> Shown:
         ),
         f'next: router infer --adapter {result.adapter} "Sort a list of integers"',
     ]
+    lines[2:2] = [f"exported to {path}" for path in result.exported]
     return Text("\n".join(lines)), document(result)

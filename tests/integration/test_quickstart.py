@@ -15,6 +15,7 @@ import pytest
 from router_cli.jsonl import read_rows
 from router_cli.schema import Decision
 from router_cli.space import DecisionSpace
+from tests import browser
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.slow
@@ -49,7 +50,7 @@ def test_the_loop_leaves_everything_it_promises_and_a_second_call_changes_nothin
     systems = {system["name"] for system in document["report"]["systems"]}
     assert {"router", "untrained base", "majority", "length", "tf-idf + lr", "linear probe", "heuristic"} <= systems
     assert len(document["examples"]) == 3
-    assert set(document["seconds"]) == {"base model", "label", "train", "infer", "eval"}
+    assert set(document["seconds"]) == {"base model", "label", "train", "infer", "eval", "worth"}
     rows = [row for _, row in read_rows(str(folder / "predictions.jsonl"))]
     assert len(rows) == document["report"]["counts"]["judged"] == 192
     # Trained or not, every decision is valid by construction.
@@ -57,6 +58,13 @@ def test_the_loop_leaves_everything_it_promises_and_a_second_call_changes_nothin
         for _, row in read_rows(str(folder / name)):
             assert SPACE.violations({**row["decision"]}) == ()
             Decision.model_validate_json(json.dumps(row["decision"]))
+    (worth,) = document["worth"]["tables"]
+    assert (worth["worker"], worth["counts"]["judged"], worth["policies"][0]["name"]) == ("gpt-4-turbo", 32, "router")
+    if browser.CHROMIUM:
+        seen = browser.look(folder / "report.html")
+        assert (seen.console, seen.overflow) == ([], 0)
+        drawn = {picture.label.split()[0] for picture in seen.pictures if picture.whole and picture.drawn > 0.01}
+        assert drawn == {"Confusion", "Reliability", "Risk-coverage", "Cost", "Loss"}
     meta = json.loads((folder / "adapter/router_lora_meta.json").read_text())
     tested = {row["task_id"] for row in rows}
     assert not tested & {*meta["split"]["train"], *meta["split"]["validation"]}
@@ -66,7 +74,7 @@ def test_the_loop_leaves_everything_it_promises_and_a_second_call_changes_nothin
     assert again.returncode == 0, again.stderr
     assert "already holds this very adapter" in again.stderr
     assert (folder / "predictions.jsonl").read_bytes() == before
-    assert "Three decisions" in again.stdout
+    assert "Three decisions" in again.stdout and "Against a coin of its own mix" in again.stdout
 
 
 def test_ctrl_c_in_training_continues_to_the_same_number_of_steps(model: Path, tmp_path: Path) -> None:

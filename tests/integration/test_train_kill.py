@@ -139,7 +139,10 @@ def same(broken: Path, whole: Path) -> None:
     assert {**one, "seconds": 0} == {**other, "seconds": 0}
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path, nursery: Nursery) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_who_is_asked_to_end_saves_and_the_same_command_goes_on(
+    sent: signal.Signals, tmp_path: Path, nursery: Nursery
+) -> None:
     base = tiny_model(tmp_path / "base", layers=2, hidden=32)
     data, broken, whole = (
         write_rows(tmp_path / "data.jsonl", label_rows(24, 8)),
@@ -151,7 +154,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path, nursery: Nurs
     # Between two regular checkpoints.
     while not (broken / "checkpoints" / "checkpoint-7" / "complete.json").exists():
         time.sleep(0.001)
-    os.kill(child, signal.SIGINT)
+    os.kill(child, sent)
     assert nursery.ended() == 130, nursery.said()
     assert "interrupted; the same command again goes on from here" in nursery.said()
     saved = sorted(int(folder.name.split("-")[1]) for folder in (broken / "checkpoints").glob("checkpoint-*"))
@@ -189,3 +192,17 @@ def test_checkpoints_with_missing_files_are_passed_over(tmp_path: Path, nursery:
     nursery.start(command(data, base, whole))
     assert nursery.ended() == 0, nursery.said()
     same(broken, whole)
+
+
+def test_sigterm_before_the_first_step_and_after_the_last_exits_alike(tmp_path: Path, nursery: Nursery) -> None:
+    base = tiny_model(tmp_path / "base", layers=2, hidden=32)
+    data, broken = write_rows(tmp_path / "data.jsonl", label_rows(24, 8)), tmp_path / "broken"
+    for there in (broken / "checkpoints" / "run.json", broken / "adapter_config.json"):
+        child = nursery.start(command(data, base, broken))
+        while not there.exists():
+            time.sleep(0.001)
+        os.kill(child, signal.SIGTERM)
+        assert nursery.ended() == 130, nursery.said()
+        assert not (broken / "router_lora_meta.json").exists()
+    nursery.start(command(data, base, broken))
+    assert nursery.ended() == 0, nursery.said()

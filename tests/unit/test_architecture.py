@@ -14,26 +14,32 @@ ROOT = Path(__file__).parents[2] / "router_cli"
 # Every module stands in one layer and imports from its own or lower ones. A package stands for its modules, unless
 # they are named apart.
 LAYERS = {
-    1: "errors schema progress",
+    1: "errors schema progress ranks",
     2: "jsonl space costs sections settings scoring.metrics",
     3: "prompts tasks",
-    4: "dataset splits examples labelling teachers teams backends scoring models machine checkpoints frozen fallback",
-    5: "label train trainer watch infer evaluate replay from_outcomes doctor",
-    6: "quickstart judging audit summaries console options cli api __main__",
+    4: "dataset splits examples labelling teachers teams backends scoring models machine checkpoints lessons frozen lean "
+    "figures qlora export fallback serving",
+    5: "label train trainer watch card infer evaluate flip replay from_outcomes run execute doctor",
+    6: "quickstart judging executing audit serve bulk shards ray_engine summaries console options cli api __main__",
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split()}
-VERBS = ("label", "train", "trainer", "infer", "evaluate", "replay", "from_outcomes", "doctor")
-COMPOSERS = ("quickstart", "judging", "audit", "summaries", "cli", "api")
+VERBS = ("label", "train", "trainer", "infer", "evaluate", "replay", "from_outcomes", "run", "execute", "doctor")
+COMPOSERS = ("quickstart", "judging", "executing", "audit", "serve", "bulk", "shards", "summaries", "cli", "api")
 
 # Packages that only some modules may import, and only inside functions.
 ALLOWED = {
     "trl": ("train", "trainer"),
     "bitsandbytes": ("train", "trainer"),
-    "transformers": ("backends.*", "models", "frozen", "train", "trainer", "watch"),
-    "peft": ("backends.*", "train", "trainer", "watch"),
+    "transformers": ("backends.*", "models", "frozen", "lean", "qlora", "train", "trainer", "watch"),
+    "peft": ("backends.*", "lean", "qlora", "train", "trainer", "watch"),
     "openai": ("teachers.connection", "teachers.batch", "doctor"),
+    "gguf": ("export",),
     "matplotlib": ("scoring.pictures",),
     "genai_prices": ("costs",),
+    "starlette": ("serving.app",),
+    "uvicorn": ("serve",),
+    "prometheus_client": ("serving.metrics",),
+    "ray": ("ray_engine",),
     "typer": ("cli", "options"),
     "rich": ("console", "summaries.*"),
 }

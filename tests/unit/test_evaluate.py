@@ -286,8 +286,103 @@ def test_labels_of_the_heuristic_are_told_from_a_teachers_and_votes_give_the_cei
     assert any("repeatability" in note and "not known" in note for note in report.notes)
     report = judge(right(60), labels(60, provenance=provenance("openai", 0.8)))
     assert report.label_teachers == {"openai": 60}
-    assert report.ceiling.value == pytest.approx(0.8)
+    assert (report.ceiling.source, report.ceiling.agreement.value) == ("votes", pytest.approx(0.8))
+    assert (report.ceiling.router.score.value, report.ceiling.router.verdict) == (pytest.approx(0.2), "better")
     assert not report.warnings
+
+
+def test_a_second_label_file_gives_the_ceiling_and_no_repeated_rows(judge, tmp_path):
+    again = labels()
+    for i in range(15):  # the teacher changes its mind about a quarter
+        again[i] = {**again[i], "decision": DECISIONS[TOPOLOGIES[(i + 1) % 4]]}
+        again[i]["messages"] = [*again[i]["messages"][:2], {"role": "assistant", "content": "{}"}]
+    jsonl.write_rows(tmp_path / "again.jsonl", again)
+    report = judge(right(60, wrong=30), labels(), labels=f"{tmp_path / 'labels.jsonl'},{tmp_path / 'again.jsonl'}")
+    assert (report.ceiling.source, report.ceiling.agreement.value, report.ceiling.agreement.n) == (
+        "second file",
+        0.75,
+        60,
+    )
+    assert report.ceiling.macro_f1.value == pytest.approx(0.75, abs=0.02)
+    assert (report.ceiling.router.score.value, report.ceiling.router.verdict) == (-0.25, "worse")
+    assert (report.counts.duplicate_labels, report.accuracy.value) == (0, 0.5)
+    assert any("second file agrees with the first" in note for note in report.notes)
+
+
+def test_what_answers_and_labels_take_is_counted(judge):
+    used = {"prompt_tokens": 100, "completion_tokens": 30}
+    predictions = [{**row, "milliseconds": float(i), "usage": used} for i, row in enumerate(right(60), start=1)]
+    origin = {"teacher": "openai", "usage": {**used, "cost_usd": 0.002}}
+    report = judge(predictions, labels(60, provenance=origin))
+    own = report.spending
+    assert (own.n, own.median_milliseconds, own.milliseconds.value) == (60, 30.5, 30.5)
+    assert (own.prompt_tokens.value, own.completion_tokens.value, own.dollars) == (100, 30, None)
+    assert report.teacher_spending.dollars.value == pytest.approx(0.002)
+    assert report.teacher_spending.median_milliseconds is None
+    assert any("A label of the teacher took 100 + 30 tokens, $0.002" in note for note in report.notes)
+    # Half of the tasks handed over cost half of the teacher's price.
+    half = min(report.cost_quality, key=lambda point: abs(point.asked - 0.5))
+    assert half.dollars == pytest.approx(half.asked * 0.002)
+    assert [(one.asked, one.agreement) for one in report.cost_quality][-1] == (1.0, 1.0)
+
+
+def test_rows_of_rules_and_people_took_no_tokens(judge):
+    origin = {"teacher": "recorded", "usage": {"prompt_tokens": 0, "completion_tokens": 0, "cost_usd": 0.0}}
+    assert judge(right(60), labels(60, provenance=origin)).teacher_spending is None
+
+
+def test_parts_of_the_tasks_are_judged_apart(judge, tmp_path):
+    gold = labels()
+    for i in range(20):
+        gold[i]["messages"][1]["content"] = "Task: 请写一个函数,把列表排序并返回结果,注意边界情况。" * (1 + i % 3)
+        gold[i]["provenance"] = {"teacher": "openai", "agreement": 1.0 if i % 2 else 0.6}
+    for i in range(40, 60):
+        gold[i]["sample_type"], gold[i]["origin_task_id"] = "mbpp_teacher_distilled", f"mbpp_{i}"
+    predictions = right(60, wrong=20)
+    for i in range(40, 60):
+        predictions[i]["task_id"] = f"mbpp_{i}"
+    report = judge(predictions, gold)
+    found = {(one.kind, one.name): one for one in report.slices}
+    assert {kind for kind, _ in found} == {"data set", "language", "length", "teacher confidence"}
+    chinese, rest = found["language", "Chinese, Japanese or Korean"], found["language", "other scripts"]
+    assert (chinese.n, chinese.accuracy.value, rest.n, rest.accuracy.value) == (20, 0.0, 40, 1.0)
+    assert found["data set", "mbpp"].n == 20 and found["data set", "labels.jsonl"].n == 40
+    assert {found["teacher confidence", name].n for name in ("votes of one mind", "votes divided")} == {10}
+    assert sum(one.n for (kind, _), one in found.items() if kind == "length") == 60
+    assert rest.over_baseline.score.value > chinese.over_baseline.score.value
+    assert "By part of the tasks" in page(tmp_path)[0]
+
+
+def test_a_router_that_hardly_varies_sets_off_the_alarm(judge):
+    many = [prediction(i, "single" if i % 20 else "chain") for i in range(60)]
+    (said,) = [one for one in judge(many, labels()).warnings if "varies" in one]
+    assert said.startswith("The router hardly varies: 95% of the tasks get single, 0.29 bits of entropy")
+    # Three topologies share a tenth: no single one has the rest, and yet the entropy is low.
+    some = [prediction(i, "single" if i % 12 else "chain") for i in range(60)]
+    report = judge(some, labels())
+    assert report.entropy == pytest.approx(0.414, abs=1e-3)
+    assert not any("varies" in one for one in report.warnings)
+    assert judge(right(60), labels()).entropy == 2.0
+
+
+def test_two_routers_stand_side_by_side(judge, tmp_path):
+    other = [{**row, "milliseconds": 2.0} for row in right(60, wrong=12)]
+    jsonl.write_rows(tmp_path / "second" / "predictions.jsonl", other)
+    jsonl.write_json(
+        tmp_path / "second" / "report.json", {"loss": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]}
+    )
+    report = judge(right(60, wrong=3), labels(), compare=str(tmp_path / "second"))
+    (side,) = report.sides
+    assert (side.name, side.accuracy.value, side.versus.only_router, side.versus.only_other) == ("second", 0.8, 9, 0)
+    assert (side.versus.same_topology.value, side.versus.mcnemar) == (pytest.approx(51 / 60), 2 / 2**9)
+    assert (side.spending.median_milliseconds, [point.loss for point in side.loss]) == (2.0, [2.0, 1.0])
+    assert sum(map(sum, side.confusion)) == 60 and side.calibration.n == 60
+    written = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
+    assert written["sides"][0]["macro_f1"] == side.macro_f1.model_dump()
+    text, pieces = page(tmp_path)
+    assert all(words in text for words in ("Side by side", "Confusion: router", "Confusion: second", "compared"))
+    charts = [one["aria-label"].split()[0] for one in pieces.pictures if one["class"] == "chart"]
+    assert [charts.count(kind) for kind in ("Confusion", "Reliability", "Risk-coverage", "Loss")] == [3, 3, 2, 1]
 
 
 def test_calibration_and_selective_risk_follow_the_probabilities(judge):
@@ -357,8 +452,8 @@ def test_the_page_stands_alone_and_each_picture_has_an_alternative_text(judge, t
     assert pieces.pictures
     assert all(one["role"] == "img" and one["aria-label"] for one in pieces.pictures)
     charts = [one["aria-label"] for one in pieces.pictures if one["class"] == "chart"]
-    starts = ("Confusion", "Reliability", "Risk-coverage", "Loss curve")
-    assert len(charts) == 4
+    starts = ("Confusion", "Reliability", "Risk-coverage", "Cost and quality", "Loss curve")
+    assert len(charts) == 5
     assert all(chart.startswith(start) for chart, start in zip(charts, starts, strict=True))
     assert report.summary[0] in text
 
@@ -394,8 +489,10 @@ def test_a_router_that_never_answers_validly_makes_a_page_too(judge, tmp_path):
 
 
 def test_settings_that_do_not_go_together_are_refused_in_one_line(judge, tmp_path):
+    (tmp_path / "report").mkdir()
     for compare, words in [
-        ("nofile", "--compare.*expected NAME=FILE, got 'nofile'"),
+        ("nofile", "--compare.*expected NAME=FILE, a file or the folder of a run, got 'nofile'"),
+        (str(tmp_path / "report"), r"report holds no predictions\.jsonl"),
         ("majority=x.jsonl", "'majority' is taken"),
         ("a=x.jsonl,a=y.jsonl", "'a' is taken"),
     ]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from router_cli import prompts
 from router_cli.schema import Decision, Message
 from router_cli.space import DecisionSpace
+from tests import templates
 from tests.tiny import STYLES, tiny_tokenizer
 
 SPACE = DecisionSpace(("planner", "builder", "tester", "refractor"))
@@ -143,6 +145,48 @@ def test_a_beginning_of_text_is_never_doubled() -> None:
     assert tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id  # it would add another if asked
     encoded = prompts.encode_example(TASK, CHAIN, SPACE, tokenizer, 2048)
     assert encoded.input_ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_the_tests_own_qwen3_template_says_what_the_real_one_says() -> None:
+    import trl
+
+    real = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
+    if not real.is_file():
+        pytest.skip("this version of trl does not bring it")
+    ours, theirs = tiny_tokenizer("qwen3"), tiny_tokenizer("qwen3")
+    theirs.chat_template = real.read_text(encoding="utf-8")
+    answer = {"role": "assistant", "content": OTHER}
+    thought = {"role": "assistant", "content": f"<think>\nHm.\n</think>\n\n{OTHER}"}
+    question = [message.model_dump() for message in prompts.router_messages(TASK, SPACE)]
+    for dialogue in (question, [*question, answer], [*question, thought], [*question, thought, question[1], answer]):
+        for options in ({}, {"add_generation_prompt": True}, {"add_generation_prompt": True, "enable_thinking": False}):
+            one, other = (t.apply_chat_template(dialogue, tokenize=False, **options) for t in (ours, theirs))
+            assert one == other
+
+
+def test_a_template_that_prints_the_day_prints_the_same_one_every_day() -> None:
+    tokenizer = tiny_tokenizer("llama3")
+    tokenizer.chat_template = templates.LLAMA3_2
+    assert "Today Date: 26 Jul 2024\n" in tokenizer.decode(prompts.encode_prompt(TASK, SPACE, tokenizer))
+
+
+def test_other_wordings_ask_for_the_same_task_and_leave_the_served_one_alone(tokenizer: Any) -> None:
+    made = prompts.other_wordings(SPACE, 40, "1:t1")
+    assert made == prompts.other_wordings(SPACE, 40, "1:t1") != prompts.other_wordings(SPACE, 40, "1:t2")
+    asked = {prompts.router_messages(TASK, SPACE, one) for one in made}
+    assert len(asked) > 30
+    for system, user in asked:
+        assert user.content.endswith(TASK) and f"up to {SPACE.step_bound}" in system.content
+        listed = system.content.splitlines()[1].removeprefix("Roles: ").split(", ")
+        assert sorted(listed) == sorted(SPACE.roles)
+        assert all(f"{name}: {meaning}" in system.content for name, meaning in prompts._MEANING.items())
+    # A chain's roles are its stages, and the order of the others is the only one that serving can give.
+    answers = {
+        tuple(encoded.input_ids[encoded.prompt_length :])
+        for encoded in (prompts.encode_example(TASK, CHAIN, SPACE, tokenizer, 2048, one) for one in made)
+    }
+    assert answers == {tuple(prompts.encode_answer(CHAIN, tokenizer))}
+    assert prompts.router_messages(TASK, SPACE) == prompts.router_messages(TASK, SPACE, prompts.served_wording(SPACE))
 
 
 def test_thinking_is_off_in_the_prompt() -> None:

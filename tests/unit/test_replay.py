@@ -137,7 +137,7 @@ def test_what_goes_wrong_is_one_line(judge, tmp_path):
     with pytest.raises(UsageError, match="--probe says nothing beside --outcomes"):
         judge(runs(), predictions(), probe="smollm2-135m")
     assert main(["eval", "--worker", "w", "--predictions", "p.jsonl", "--labels", "l.jsonl"]) == 2
-    with pytest.raises(SettingsError, match="expected NAME=FILE, got 'x'"):
+    with pytest.raises(SettingsError, match="expected NAME=FILE, a file or the folder of a run, got 'x'"):
         judge(runs(), predictions(), compare="x")
     with pytest.raises(SettingsError, match="the name 'oracle' is taken"):
         judge(runs(), predictions(), compare="oracle=x.jsonl")

@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import random
+import re
 import shutil
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,11 +24,13 @@ from router_cli.checkpoints import Run
 from router_cli.dataset import build
 from router_cli.errors import InputError, ModelError, TrainingError, UsageError
 from router_cli.label import label
+from router_cli.lessons import encode
 from router_cli.models import resolve
 from router_cli.schema import Decision
 from router_cli.scoring.calibration import Calibration, fit
 from router_cli.settings import Settings, load
-from router_cli.train import TrainResult, _encode, _load, _space, train
+from router_cli.train import TrainResult, _load, _space, train
+from router_cli.watch import rising, stale
 from tests.tiny import STYLES, Style
 from tests.training import Recorder, adapter_weights, equal, label_rows, train_settings, write_rows
 
@@ -81,9 +87,9 @@ def test_the_adapter_changes_and_the_base_does_not(trained: Trained) -> None:
 
 def test_the_folder_holds_all_that_is_promised(trained: Trained) -> None:
     names = {"adapter_config.json", "adapter_model.safetensors", META, "tokenizer_config.json", "tokenizer.json"}
-    names |= {"README.md", "loss.json", "loss.svg", "chat_template.jinja"}
+    names |= {"README.md", "loss.json", "curves.png", "chat_template.jinja"}
     assert {file.name for file in trained.folder.iterdir()} == names
-    assert "<svg" in (trained.folder / "loss.svg").read_text()
+    assert (trained.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "THIS_FOLDER" in (trained.folder / "README.md").read_text()
 
 
@@ -205,24 +211,62 @@ def made(settings: Settings, said: Recorder | None = None) -> Any:
     space = _space(settings)
     data = build(settings, space)
     model, tokenizer = _load(settings, resolve(settings.train.model, settings), said)
-    rows = _encode(data.train, space, tokenizer, settings.train.max_length, said)
+    wanted = settings.train
+    rows = encode(data.train, space, tokenizer, wanted.max_length, said, wanted.augment, wanted.seed)
     layers = list(range(model.config.num_hidden_layers))
     run = Run(settings.train.output_dir, {})
     return trainer._make_trainer(model, tokenizer, space, rows, layers, settings, run), data, tokenizer, space
 
 
+ANSWERS = {
+    "single": '{"topology":"single","roles":["builder"],"manager_role":null,"entry_role":"builder","max_steps":1}',
+    "chain": '{"topology":"chain","roles":["planner","builder","tester"],"manager_role":null,"entry_role":"planner",'
+    '"max_steps":3}',
+    "decentralized": '{"topology":"decentralized","roles":["planner","builder"],"manager_role":null,'
+    '"entry_role":"builder","max_steps":2}',
+    "centralized": '{"topology":"centralized","roles":["planner","tester"],"manager_role":"planner",'
+    '"entry_role":"planner","max_steps":4}',
+}
+SYSTEM = (
+    "You are a meta-router. Answer in JSON.\nRoles: planner, builder, tester, refractor\nsingle: one artefact; chain: "
+    "fixed stages; decentralized: unconnected parts; centralized: dependent parts, a manager\nmax_steps: up to 12"
+)
+# What stands before the answer, with the task at the %s, and what ends it.
+DIALOGUES: dict[Style, tuple[str, str]] = {
+    "smollm": (
+        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nTask: %s<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_end|>",
+    ),
+    "qwen3": (
+        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nTask: %s<|im_end|>\n<|im_start|>assistant\n"
+        "<think>\n\n</think>\n\n",
+        "<|im_end|>",
+    ),
+    "llama3": (
+        f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{SYSTEM}<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nTask: %s<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+    ),
+}
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_the_loss_falls_on_the_answer_and_its_end_alone(style: Style, tiny_folder: Tiny, tmp_path: Path) -> None:
-    data = write_rows(tmp_path / "data.jsonl", label_rows(10, 0))
-    loop, dataset, tokenizer, _ = made(train_settings(data, tiny_folder(style), tmp_path, validation_share=0))
-    assert len(dataset.train) == 10
+    rows = label_rows(10, 0)
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    loop, _, tokenizer, _ = made(train_settings(data, tiny_folder(style), tmp_path, validation_share=0))
     learnt = []
     for batch in loop.get_train_dataloader():
-        for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
-            answer = [token for token in labels if token != trainer.IGNORED]
-            assert answer == [token for token, mark in zip(ids, labels, strict=True) if mark != trainer.IGNORED]
-            learnt.append(tokenizer.decode(answer))
-    assert sorted(learnt) == sorted(prompts.render(one.decision) + tokenizer.eos_token for one in dataset.train)
+        for ids, labels, real in zip(
+            *(batch[key].tolist() for key in ("input_ids", "labels", "attention_mask")), strict=True
+        ):
+            unmasked = [token for token in labels if token != trainer.IGNORED]
+            assert unmasked == [token for token, mark in zip(ids, labels, strict=True) if mark != trainer.IGNORED]
+            masked = [ids[i] for i, mark in enumerate(labels) if mark == trainer.IGNORED and real[i]]
+            learnt.append((tokenizer.decode(masked), tokenizer.decode(unmasked)))
+    before, end = DIALOGUES[style]
+    assert sorted(learnt) == sorted((before % row["task"], ANSWERS[row["decision"]["topology"]] + end) for row in rows)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -602,11 +646,56 @@ def test_a_loss_that_is_no_number_between_two_logs_stops_too(tiny_folder: Tiny, 
     space = _space(settings)
     model, tokenizer = _load(settings, resolve(settings.train.model, settings), Recorder())
     models = [model]
-    rows = _encode(build(settings, space).train, space, tokenizer, 2048, Recorder())
+    rows = encode(build(settings, space).train, space, tokenizer, 2048, Recorder())
     fitting = Run(tmp_path / "a", {})
     fitting.begin()
     with pytest.raises(TrainingError, match="the loss is nan"):
         trainer.fit(model, tokenizer, space, rows, [], settings, fitting, Recorder(poison))
+
+
+def logged(losses: list[float], spacing: int = 1) -> list[dict[str, Any]]:
+    return [{"step": (i + 1) * spacing, "loss": loss} for i, loss in enumerate(losses)]
+
+
+def test_only_a_loss_that_really_rises_is_said_to() -> None:
+    chance = random.Random(1)
+    for _ in range(300):
+        # As loud as losses of single rows are, flat or falling: never an alarm on the way.
+        start, speed = chance.uniform(0.5, 4), chance.choice([0, 0.01, 0.1])
+        noisy = [start * math.exp(-speed * i) + 0.2 + abs(chance.gauss(0, 0.5 * start)) for i in range(120)]
+        assert not any(rising(logged(noisy[:n])) for n in range(0, 121, 5))
+    falling = [3 * math.exp(-i / 10) + chance.gauss(0, 0.05) for i in range(60)]
+    assert not rising(logged([*falling, *[1.0] * 10]))  # ten steps are a bad stretch, not a trend
+    risen = rising(logged([*falling, *(2.5 + chance.gauss(0, 0.05) for _ in range(20))]))
+    assert re.fullmatch(r"the loss rises: 0\.\d+ in the mean over 20 steps at its best, 2\.\d+ now", risen)
+    # Without anything gained before, too; and where only every tenth step is logged.
+    assert rising(logged([2.0] * 20 + [2.6] * 20)) and not rising(logged([2.0] * 20 + [2.3] * 20))
+    assert rising(logged([2.0, 1.8, 1.7, 1.6, 1.5, 4, 4, 4.1, 4, 4], spacing=10))
+
+
+def test_a_rising_loss_stops_with_advice_and_its_weights_are_not_saved(tiny_folder: Tiny, tmp_path: Path) -> None:
+    import torch
+
+    def derail(step: int) -> None:
+        if step == 22:
+            for name, part in models[0].named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(part, std=3.0)
+
+    data = write_rows(tmp_path / "data.jsonl", label_rows(16, 0))
+    settings = train_settings(data, tiny_folder("smollm"), tmp_path / "a", epochs=20, validation_share=0, lr=1e-4)
+    settings = settings.with_values(train__save_steps=1)
+    space = _space(settings)
+    model, tokenizer = _load(settings, resolve(settings.train.model, settings), Recorder())
+    models = [model]
+    rows = encode(build(settings, space).train, space, tokenizer, 2048, Recorder())
+    fitting = Run(tmp_path / "a", {})
+    fitting.begin()
+    with pytest.raises(TrainingError, match=r"the loss rises: .* at step \d\d: lower --lr \(0\.0001\)") as caught:
+        trainer.fit(model, tokenizer, space, rows, [], settings, fitting, Recorder(derail))
+    at = int(str(caught.value).split("at step ")[1].split(":")[0])
+    newest = fitting.newest()
+    assert 30 < at < 45 and newest is not None and newest.name == f"checkpoint-{at - 1}"
 
 
 def stopped(tmp_path: Path, base: Path, at: int, **values: Any) -> Settings:
@@ -658,6 +747,114 @@ def test_a_run_that_broke_off_ends_as_an_unbroken_one(
     assert equal(adapter_weights(tmp_path / "a"), adapter_weights(whole.adapter))
     scores = "validation_macro_f1"
     assert losses(tmp_path / "a", scores) == losses(whole.adapter, scores)
+
+
+def test_held_out_tasks_are_decided_every_eval_steps(tiny_folder: Tiny, tmp_path: Path) -> None:
+    said = Recorder()
+    data = write_rows(tmp_path / "data.jsonl", label_rows())
+    settings = train_settings(data, tiny_folder("smollm"), tmp_path / "a", epochs=2, eval_steps=3)
+    train(settings, said)
+    log = json.loads((tmp_path / "a" / "loss.json").read_text())
+    assert [entry["step"] for entry in log if "validation_macro_f1" in entry] == [3, 6, 8]
+    assert any(text.startswith("step 3: topology macro-F1") for text in said.notices)
+
+
+class Interrupter(Recorder):
+    """Breaks off where the calibration would begin: after training, before the folder is finished."""
+
+    def bar(self, title: str, total: int | None, done: int = 0) -> Any:
+        if title == "calibrate":
+            raise KeyboardInterrupt
+        return super().bar(title, total, done)
+
+
+@pytest.mark.parametrize(("values", "steps"), [({"eval_steps": 3}, 6), ({}, 8)], ids=["steps", "epochs"])
+def test_training_stops_early_where_nothing_gets_better_and_a_kill_then_changes_nothing(
+    values: dict[str, int], steps: int, tiny_folder: Tiny, tmp_path: Path
+) -> None:
+    data = write_rows(tmp_path / "data.jsonl", label_rows())
+    # So low a rate changes no decision.
+    wanted = {"epochs": 5, "lr": 1e-9, "patience": 1, "save_steps": 4, **values}
+    whole = train(train_settings(data, tiny_folder("smollm"), tmp_path / "whole", **wanted))
+    assert whole.steps == steps and whole.adapter is not None
+    settings, said = train_settings(data, tiny_folder("smollm"), tmp_path / "a", **wanted), Interrupter()
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, said)
+    assert "stopping early: no better macro-F1 in 1 looks at the validation tasks" in said.notices
+    again = Recorder()
+    result = train(settings, again)
+    assert "train" not in again.bars and result.steps == steps
+    assert (result.last_loss, result.validation_macro_f1) == (whole.last_loss, whole.validation_macro_f1)
+    assert equal(adapter_weights(tmp_path / "a"), adapter_weights(whole.adapter))
+
+
+def test_a_scoreless_or_improving_run_is_not_stale() -> None:
+    looks = [{"step": i, "validation_macro_f1": score} for i, score in enumerate([0.2, 0.5, 0.5, 0.4])]
+    assert stale(looks, 2) and not stale(looks, 3) and not stale(looks[:2], 1) and not stale(looks, None)
+    assert not stale([*looks, {"step": 9, "validation_macro_f1": 0.6}], 2) and not stale([{"loss": 1.0}], 1)
+
+
+def test_balanced_class_weights_make_every_topology_count_alike(tiny_folder: Tiny, tmp_path: Path) -> None:
+    import torch
+
+    rows = [row for row in label_rows(24, 0) if row["decision"]["topology"] == "single" or int(row["id"][1:]) < 8]
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    counts = {"single": 6, "chain": 2, "decentralized": 2, "centralized": 2}
+    losses: dict[str, list[float]] = {}
+    seen: list[str] = []
+    for kind in ("none", "balanced"):
+        values = {"validation_share": 0, "class_weights": kind, "topology_passes": 1, "batch_size": 1, "grad_accum": 1}
+        loop, _, tokenizer, space = made(train_settings(data, tiny_folder("smollm"), tmp_path, **values))
+        choices = trainer._topology_choice(space, tokenizer)[1]
+        names = {tokenizer.decode([token]).strip('"'): token for token in choices}
+        for batch in loop.get_train_dataloader():
+            labels = batch["labels"][0][batch["labels"][0] != trainer.IGNORED].tolist()
+            if len(labels) > 1:
+                continue
+            loop.current_gradient_accumulation_steps = 1
+            with torch.no_grad():
+                losses.setdefault(kind, []).append(float(loop.compute_loss(loop.model.eval(), batch)))
+            if kind == "none":
+                seen.append(next(name for name, token in names.items() if token == labels[0]))
+    ratios = [balanced / plain for balanced, plain in zip(losses["balanced"], losses["none"], strict=True)]
+    expected = [next(12 / (4 * count) for name, count in counts.items() if name.startswith(part)) for part in seen]
+    assert len(ratios) == 12 and ratios == pytest.approx(expected, rel=1e-4)
+
+
+def test_class_weights_reach_the_whole_answers_topology_too(tiny_folder: Tiny, tmp_path: Path) -> None:
+    plain = run(tmp_path, tiny_folder("smollm"), "plain", label_rows(12, 4)[1:], topology_weight=1, lora_dropout=0)[1]
+    balanced = run(
+        tmp_path, tiny_folder("smollm"), "balanced", label_rows(12, 4)[1:], topology_weight=1, lora_dropout=0,
+        class_weights="balanced",
+    )[1]  # fmt: skip
+    assert losses(plain)[0] != losses(balanced)[0]
+    # The figure that is logged stays the plain one: it is compared between runs.
+    assert losses(plain, "topology_loss")[0] == pytest.approx(losses(balanced, "topology_loss")[0], abs=1e-5)
+    with pytest.raises(UsageError, match=r"--train-on-inputs learns all tokens alike: it excludes .*--class-weights"):
+        run(tmp_path, tiny_folder("smollm"), "wrong", train_on_inputs=True, class_weights="balanced")
+
+
+def test_augmented_lessons_are_trained_beside_the_served_ones(tiny_folder: Tiny, tmp_path: Path) -> None:
+    result, folder = run(
+        tmp_path, tiny_folder("smollm", 3), "more", label_rows(12, 4), augment=1, lora_last_layers=1, topology_passes=1
+    )
+    assert result.train_examples == 12 and result.steps == 12 * 2 * 2 // 4
+    assert json.loads((folder / META).read_text())["split"]["train"] == [f"t{i}" for i in range(12)]
+
+
+def test_the_topology_is_logged_apart_and_shown(tiny_folder: Tiny, tmp_path: Path) -> None:
+    shown: list[str] = []
+
+    class Watcher(Recorder):
+        @contextmanager
+        def bar(self, title: str, total: int | None, done: int = 0) -> Any:
+            yield SimpleNamespace(advance=lambda steps=1, status="": shown.append(status) if title == "train" else None)
+
+    data = write_rows(tmp_path / "data.jsonl", label_rows())
+    train(train_settings(data, tiny_folder("smollm"), tmp_path / "a"), Watcher())
+    folder = tmp_path / "a"
+    assert len(losses(folder, "topology_loss")) == len(losses(folder, "topology_accuracy")) == len(losses(folder)) == 4
+    assert all(re.fullmatch(r"loss \d+\.\d{3}, topology \d+% right", text) for text in shown[1:])
 
 
 def test_an_incomplete_checkpoint_is_not_continued_from(tiny_folder: Tiny, tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from scipy.stats import binomtest
 
 from router_cli.schema import Outcome
 from router_cli.scoring import policies
+from router_cli.scoring.metrics import mcnemar
 from router_cli.scoring.oracles import best_of_noise, oracle
 from router_cli.scoring.outcomes import Recorded, Table, tables
 from router_cli.scoring.policies import Wish
-from router_cli.scoring.worth import Choosing, System, mcnemar, weigh
+from router_cli.scoring.worth import Choosing, System, weigh
 from router_cli.scoring.worth_results import PolicyRow, Replayed
 
 HOW = Choosing(split="test", resamples=200, seed=1, penalty=None)

@@ -1,0 +1,1 @@
+"""The estimate of what a training run takes: memory, time and money, from the model's configuration alone."""

@@ -1,0 +1,368 @@
+"""A training step without data, weights or memory: what it would hold and how much it would compute.
+
+The model is built from its configuration on torch's meta device, where tensors have a shape and a type but no content.
+PEFT puts the adapters in, forward and backward run as in training, and what is alive is counted after every operation:
+no formula has to know what an architecture, PEFT or autograd keeps. Two and three layers are run and the rest is drawn
+out in a straight line, which is exact for layers that are alike. Floating-point operations are counted by torch's own
+counter on the way.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, replace
+from typing import Any
+
+NF4_BLOCK, NF4_SECOND_BLOCK = 64, 256
+"""bitsandbytes' block sizes: weights to one 8-bit constant, constants to one fp32 constant (Dettmers et al. 2023)."""
+
+TILE = 32768
+"""Vocabulary entries that TRL's loss on a GPU scores together (trl.trainer.utils)."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a model is held and trained. `dtype` is the base's (`float32`, ...), `adapted` counts layers from the top.
+
+    With `four_bit` the linear parts are NF4 and everything else is of the type `rest`.
+    `kept` says that the layers below the adapted ones stand aside, their output being kept (router_cli/frozen.py);
+    `autocast` that products are computed in `dtype` whatever type the adapter has; `fused_head` that TRL computes the
+    loss in tiles of the vocabulary (its kernel on a GPU), so that the logits never stand whole.
+    """
+
+    dtype: str
+    device: str
+    adapted: int
+    targets: tuple[str, ...]
+    rank: int
+    dropout: float = 0.0
+    four_bit: bool = False
+    rest: str = ""
+    autocast: bool = False
+    fused_head: bool = False
+    kept: bool = False
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of the frozen base by kind, and the number of an adapter's weights. `stored` is the model file's bytes."""
+
+    layers: int
+    embeddings: int
+    rest: int
+    stored: int
+    adapter: int
+
+    @property
+    def base(self) -> int:
+        """All bytes of the base."""
+        return self.layers + self.embeddings + self.rest
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a pass holds at its peaks, in bytes beside weights and gradients, and what it computes.
+
+    `states` is alive when the logits begin, `head` at the most while they live, `body` in the backward pass behind.
+    """
+
+    states: float
+    head: float
+    body: float
+    flops: float
+
+    @property
+    def peak(self) -> float:
+        """The most at any moment."""
+        return max(self.states, self.head, self.body)
+
+
+def weights(config: Any, setup: Setup) -> Weights:
+    """What the whole model weighs, counted on the meta device: exact, whatever the architecture."""
+    import torch
+
+    model = _on_meta(config, "float32")
+    linear = {name: part for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+    inside = {id(part.weight) for part in linear.values()}
+    outer = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    size = getattr(torch, setup.dtype).itemsize
+    outside = getattr(torch, setup.rest).itemsize if setup.four_bit else size
+    kinds = dict.fromkeys(("layers", "embeddings", "rest"), 0)
+    for weight in model.parameters():  # tied ones come once
+        if any(weight is one for one in outer):
+            kinds["embeddings"] += weight.numel() * outside
+        elif id(weight) in inside:
+            kinds["layers"] += nf4_bytes(weight.numel()) if setup.four_bit else weight.numel() * size
+        else:
+            kinds["rest"] += weight.numel() * outside
+    layers = model.get_decoder().layers
+    first = len(layers) - setup.adapted
+    adapted = [part for layer in layers[first:] for name, part in _targets(layer, setup.targets)]
+    stored = getattr(config, "dtype", None) or torch.float32
+    return Weights(
+        **kinds,
+        stored=sum(one.numel() for one in model.parameters()) * stored.itemsize,
+        adapter=sum(setup.rank * (part.in_features + part.out_features) for part in adapted),
+    )
+
+
+def nf4_bytes(count: int) -> int:
+    """Bytes of `count` weights in NF4 with double quantisation: half a byte each, and both kinds of constants."""
+    blocks = -(-count // NF4_BLOCK)
+    return -(-count // 2) + blocks + 4 * -(-blocks // NF4_SECOND_BLOCK)
+
+
+def train_step(config: Any, setup: Setup, rows: int, length: int, scored: int, shared: int) -> Held:
+    """Forward and backward of a micro-batch of `rows` rows of `length` tokens, `scored` labelled positions in each.
+
+    The first `shared` tokens are encoded once for all rows, as training on a CPU does.
+    """
+    return _drawn_out(
+        setup.adapted, lambda depth: _step(config, replace(setup, adapted=depth), rows, length, scored, shared)
+    )
+
+
+def prefill(config: Any, setup: Setup, rows: int, length: int) -> Held:
+    """The forward pass of `rows` prompts that leaves keys and values, without gradients.
+
+    `states` is what stays (keys and values), `body` the most at any moment.
+    """
+    return _drawn_out(config.num_hidden_layers, lambda depth: _prefill(config, setup, depth, rows, length))
+
+
+def _drawn_out(layers: int, run: Any) -> Held:
+    if layers <= 3:
+        found: Held = run(layers)
+        return found
+    two, three = run(2), run(3)
+    values = (
+        getattr(three, name) + (layers - 3) * (getattr(three, name) - getattr(two, name))
+        for name in ("states", "head", "body", "flops")
+    )
+    return Held(*values)
+
+
+def _step(config: Any, setup: Setup, rows: int, length: int, scored: int, shared: int) -> Held:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from router_cli.backends.local import quiet
+    from router_cli.frozen import hidden_states
+    from router_cli.lean import lean
+
+    model = _on_meta(config, setup.dtype, setup.adapted)
+    if setup.four_bit:
+        _quantise(model, setup)
+    names = sorted({name for name, _ in _targets(model.get_decoder().layers[0], setup.targets)})
+    config = LoraConfig(r=setup.rank, lora_dropout=setup.dropout, target_modules=names, task_type="CAUSAL_LM")
+    with quiet():
+        model = get_peft_model(model, config)
+        if setup.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+    for weight in model.parameters():
+        if weight.requires_grad:
+            if setup.autocast:
+                # Autocast knows no meta tensors: what it computes with and keeps are copies in its own type.
+                weight.data = weight.data.to(getattr(torch, setup.dtype))
+            weight.grad = torch.zeros_like(weight)  # after the first micro-batch they are there
+    model.train()
+    base, shared = model.get_base_model(), 0 if setup.checkpointing else shared
+    with torch.device("meta"):
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        # A batch of one row has no padding, and then no mask.
+        masked = shared or rows > 1
+        mask = torch.ones(rows, 1, length - shared, length, dtype=torch.bool) if masked else None
+        places, answers = (torch.zeros(rows * min(scored, length - shared), dtype=torch.long) for _ in range(2))
+    with lean(model, setup.device), _fused_attention(setup.device), _Alive(model.parameters()) as alive:
+        states = hidden_states(base.get_decoder(), ids, mask, shared, 0)
+        begun = alive.now
+        if setup.fused_head:
+            head, gradient = begun + _tiles(base, len(places), setup.dtype), torch.zeros_like(states)
+        else:
+            kept = states.detach().requires_grad_()
+            logits = base.get_output_embeddings()(kept.flatten(0, 1)[places].to(_head_type(base))).float()
+            # Not as a method: within one of a tensor, the context of fused attention is closed.
+            torch.autograd.backward(torch.nn.functional.cross_entropy(logits, answers))
+            del logits
+            head, gradient = alive.peak, kept.grad
+        alive.peak = alive.now
+        torch.autograd.backward(states, gradient)
+    return Held(begun, head, alive.peak, alive.flops)
+
+
+def _prefill(config: Any, setup: Setup, depth: int, rows: int, length: int) -> Held:
+    import torch
+    from transformers import DynamicCache
+
+    model = _on_meta(config, setup.dtype, depth)
+    if setup.four_bit:
+        _quantise(model, setup)
+    with torch.device("meta"):
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        mask = torch.ones(rows, 1, length, length, dtype=torch.bool)
+    with torch.no_grad(), _fused_attention(setup.device), _Alive(model.parameters()) as alive:
+        cache = DynamicCache(config=model.config)
+        found = model.get_decoder()(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        del found
+    return Held(alive.now, 0.0, alive.peak, alive.flops)
+
+
+class _Alive:
+    """Counts the bytes of tensors' storages that are alive, the given weights aside, and operations, while open."""
+
+    def __init__(self, weights: Any) -> None:
+        import torch
+        from torch.utils._python_dispatch import TorchDispatchMode
+        from torch.utils.flop_counter import flop_registry
+
+        self.now, self.peak, self.flops = 0, 0, 0
+        known: weakref.WeakSet[Any] = weakref.WeakSet()
+        for weight in weights:
+            known.add(weight.untyped_storage())
+            if weight.grad is not None:
+                known.add(weight.grad.untyped_storage())
+
+        def look(result: Any) -> None:
+            for one in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(one, torch.Tensor):
+                    storage = one.untyped_storage()
+                    if storage not in known:
+                        known.add(storage)
+                        self.now += storage.nbytes()
+                        weakref.finalize(storage, self._gone, storage.nbytes())
+            self.peak = max(self.peak, self.now)
+
+        def count(flops: int) -> None:
+            self.flops += flops
+
+        untyped: Any = TorchDispatchMode
+
+        class Mode(untyped):  # type: ignore[misc]
+            def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                result = call(*args, **(kwargs or {}))
+                # The registry alone: torch's own counter keeps recomputed activations alive.
+                if (flops := flop_registry.get(call._overloadpacket)) is not None:
+                    count(flops(*args, **(kwargs or {}), out_val=result))
+                look(result)
+                return result
+
+        self._mode: Any = Mode()
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+    def __enter__(self) -> _Alive:
+        self._mode.__enter__()
+        return self
+
+    def __exit__(self, *why: Any) -> None:
+        self._mode.__exit__(*why)
+
+
+def _on_meta(config: Any, dtype: str, layers: int | None = None) -> Any:
+    import copy
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from router_cli.backends.local import quiet
+
+    config = copy.deepcopy(config)
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[-layers:]
+    with quiet(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+
+
+def _fused_attention(device: str) -> Any:
+    """A context in which fused attention keeps what its kernels on `device` keep; on meta torch takes the plain one."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def attend(q: Any, k: Any, v: Any, attn_mask: Any = None, is_causal: bool = False, **rest: Any) -> Any:
+        if attn_mask is not None:  # kept a layer, as what is added to the scores
+            attn_mask = torch.empty(attn_mask.shape, dtype=q.dtype, device="meta")
+        if device == "cuda" and attn_mask is None:
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
+        if k.shape[1] != q.shape[1]:
+            k, v = (one.repeat_interleave(q.shape[1] // one.shape[1], 1) for one in (k, v))
+        if device == "cuda":
+            mask = attn_mask.expand(*q.shape[:3], k.shape[2])
+            return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True)[0]
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=attn_mask)[
+            0
+        ]
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if call is fused:
+                kept = {name: value for name, value in (kwargs or {}).items() if name in ("attn_mask", "is_causal")}
+                return attend(*args, **kept)
+            return call(*args, **(kwargs or {}))
+
+    return Mode()
+
+
+def _targets(layer: Any, targets: tuple[str, ...]) -> list[tuple[str, Any]]:
+    """Names (the last part) and modules of a layer's linear parts that get an adapter."""
+    import torch
+
+    found = [(name, part) for name, part in layer.named_modules() if isinstance(part, torch.nn.Linear)]
+    return [
+        (name.rpartition(".")[2], part)
+        for name, part in found
+        if targets == ("all-linear",) or any(name.endswith(one) for one in targets)
+    ]
+
+
+def _tiles(model: Any, scored: int, dtype: str) -> int:
+    """Bytes of TRL's loss in tiles: a tile of logits, its part of the head, the labelled states and their gradient."""
+    import torch
+
+    size, hidden = getattr(torch, dtype).itemsize, int(model.config.hidden_size)
+    tile = min(TILE, int(model.config.vocab_size))
+    cast = 0 if _head_type(model).itemsize == size else tile * hidden * size
+    return scored * tile * size + cast + scored * hidden * (2 * size + 4)
+
+
+def _head_type(model: Any) -> Any:
+    return model.get_output_embeddings().weight.dtype
+
+
+def _quantise(model: Any, setup: Setup) -> None:
+    """What a 4-bit base does to a step: its products take a dequantised copy of a weight, and keep no input."""
+    import torch
+
+    compute, outside = getattr(torch, setup.dtype), getattr(torch, setup.rest)
+
+    untyped: Any = torch.autograd.Function
+
+    class Product(untyped):  # type: ignore[misc]
+        @staticmethod
+        def forward(context: Any, given: Any, weight: Any) -> Any:
+            context.weight = weight
+            return given @ torch.empty_like(weight, dtype=compute).t()
+
+        @staticmethod
+        def backward(context: Any, gradient: Any) -> Any:
+            return gradient @ torch.empty_like(context.weight, dtype=compute), None
+
+    class Quantised(torch.nn.Linear):
+        def forward(self, given: Any) -> Any:
+            return Product.apply(given.to(compute), self.weight).to(given.dtype).clone()
+
+    head = model.get_output_embeddings()
+    linear = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part is not head]
+    inside = {id(part.weight) for part in linear}
+    for weight in model.parameters():
+        weight.requires_grad = False
+        if id(weight) not in inside:
+            weight.data = weight.data.to(outside)
+    for part in linear:
+        part.__class__ = Quantised

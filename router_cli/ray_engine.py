@@ -1,0 +1,153 @@
+"""Shards decided by the workers of a Ray cluster: Ray Data hands them out, each worker has one loaded router.
+
+Which worker takes a shard, and how often, means nothing: it is written beside its place and moved there once it is
+whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+
+from router_cli.errors import RouterError, UsageError
+from router_cli.progress import Progress, Silent
+from router_cli.settings import Settings, fields
+from router_cli.shards import Done, Worker
+
+_BLOCKS = 2000
+_RETRIES = 3
+"""How often a shard is tried again after its worker died. One that kills every worker would go round for ever."""
+
+
+class _Notes(Silent):
+    """What a worker wants said, for the one who can be heard."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.warned: list[str] = []
+
+    def notice(self, text: str) -> None:
+        self.said.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warned.append(text)
+
+
+class RayWorker:
+    """A `Worker` as Ray Data calls it: batches of one shard's name in, its `Done` as JSON out."""
+
+    def __init__(self, settings: Settings, folder: str) -> None:
+        # Paths are relative to where the command was given, and stand in the rows as they were given.
+        with contextlib.suppress(OSError):  # then a missing file is said with its name
+            os.chdir(folder)
+        self._notes = _Notes()
+        self._worker = Worker(settings, self._notes)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        """Decide the shards of a batch."""
+        found = []
+        for name in batch["shard"]:
+            done = asdict(self._worker.attempt(str(name)))
+            found.append(json.dumps({**done, "said": self._notes.said, "warned": self._notes.warned}))
+        return {"done": found}
+
+
+def by_ray(settings: Settings, names: Sequence[str], progress: Progress) -> Iterator[Done]:
+    """Decide the shards `names` on the cluster of RAY_ADDRESS, or on one of this machine's own; in any order.
+
+    Raises UsageError where Ray or the cluster is missing, RouterError where workers keep dying.
+    """
+    ray = _ray()
+    own = not ray.is_initialized()
+    try:
+        if own:
+            _join(ray)
+        workers, share = _shares(ray, settings, len(names), progress)
+        rows = ray.data.from_items([{"shard": name} for name in names], override_num_blocks=min(len(names), _BLOCKS))
+        rows = rows.map_batches(
+            RayWorker,
+            batch_size=1,
+            # One at a time: a worker that is handed several would keep them from those that have none.
+            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
+            fn_constructor_args=(_without_secrets(settings), str(Path.cwd())),
+            ray_remote_args_fn=_limits,
+            **share,
+        )
+        for row in rows.iter_rows():
+            yield Done(**json.loads(row["done"]))
+    except ray.exceptions.RayError as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise RouterError(
+            f"Ray gave up: {first}: the finished shards stand; the same command again goes on from there"
+        ) from error
+    finally:
+        if own:
+            ray.shutdown()
+
+
+def _limits() -> dict[str, int]:
+    return {"max_task_retries": _RETRIES}
+
+
+def _ray() -> Any:
+    """The package. Raises UsageError where it is missing."""
+    # Both are read when it is imported or started: it reports to its makers, and logs its own affairs to our terminal.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    try:
+        import ray
+        import ray.data
+        import ray.exceptions
+    except ImportError as error:
+        raise UsageError(f"--engine ray needs Ray ({error}): pip install 'router-cli[ray]'") from None
+    return ray
+
+
+def _join(ray: Any) -> None:
+    """Join the cluster of RAY_ADDRESS, or start one on this machine that ends with this process."""
+    import logging
+
+    # Only names travel, so that the object store needs hardly any memory.
+    new = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False, "object_store_memory": 128 << 20}
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **new)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UsageError(f"no Ray cluster at {os.environ.get('RAY_ADDRESS', 'this machine')}: {error}") from None
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+
+def _shares(ray: Any, settings: Settings, shards: int, progress: Progress) -> tuple[int, dict[str, float]]:
+    """How many workers there are, and what each has of the cluster: a GPU where there are any, else its CPUs.
+
+    Without `infer.workers`, one a GPU, or one a machine.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus, gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
+    wanted = min(settings.infer.workers or gpus or len(nodes), shards)
+    workers = min(wanted, max(1, cpus))
+    if workers < wanted:
+        progress.notice(f"{workers} workers instead of {wanted}: the cluster has no more CPUs")
+    if gpus:
+        return workers, {"num_cpus": 1, "num_gpus": 1 / math.ceil(workers / gpus)}
+    smallest = min(int(node.get("CPU", 0)) or cpus for node in nodes)
+    return workers, {"num_cpus": max(1, min(cpus // workers, smallest))}
+
+
+def _without_secrets(settings: Settings) -> Settings:
+    """The settings as they may travel; workers find their machine's own Hub token."""
+    held = [key for key, _ in fields() if isinstance(_value(settings, key), SecretStr)]
+    return settings.with_values(**{key.replace(".", "__"): None for key in held})
+
+
+def _value(settings: Settings, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(settings, section), name)

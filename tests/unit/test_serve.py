@@ -1,0 +1,486 @@
+"""`router serve`: both endpoints, who is turned away and how, batches, clients that go, and what Prometheus is told."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from router_cli import prompts
+from router_cli.backends.heuristic import HeuristicBackend
+from router_cli.backends.local import LocalBackend
+from router_cli.cli import main
+from router_cli.errors import SettingsError, UsageError
+from router_cli.fallback import make_fallback
+from router_cli.infer import infer, predict
+from router_cli.schema import Prediction, Task
+from router_cli.serve import serve
+from router_cli.serving.shapes import OPENING
+from router_cli.space import DecisionSpace
+from router_cli.tasks import stable_id
+from router_cli.train import train
+from tests.fake_teacher import Call, FakeTeacher, Reply
+from tests.serving import SPACE, Gated, Served, ask, serving, settings, until
+from tests.training import label_rows, train_settings, write_rows
+
+TASKS = ["Sort a list of integers", "Plan the module, build it, then test it.", "测试这个模块 🙂", "x " * 500 + "end"]
+TOKEN = "a-token-of-20-letters"
+
+
+def chat(text: str, **more: Any) -> dict[str, Any]:
+    return {"model": "router", "messages": [{"role": "user", "content": text}], **more}
+
+
+def client(served: Served, **options: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{served.url}/v1", **{"api_key": "none", "max_retries": 0, **options})
+
+
+@pytest.fixture(scope="module")
+def rules() -> Iterator[Served]:
+    """A server of the offline rules, which nothing keeps busy."""
+    with serving(HeuristicBackend(settings()), max_body=20_000) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[..., Path]) -> Path:
+    folder = tmp_path_factory.mktemp("serve")
+    data = write_rows(folder / "labels.jsonl", label_rows(8, 0))
+    train(train_settings(data, tiny_folder("smollm"), folder / "adapter", validation_share=0))
+    return folder / "adapter"
+
+
+@pytest.fixture(scope="module")
+def trained(adapter: Path) -> Iterator[Served]:
+    """A server of a trained adapter."""
+    values = {"infer__adapter": str(adapter), "models__dtype": "float32", "infer__alternatives": 3}
+    with serving(LocalBackend(settings(**values)), **values) as served:
+        yield served
+
+
+def same(row: dict[str, Any], other: Prediction) -> None:
+    assert row["decision"] == json.loads(other.model_dump_json())["decision"]
+    assert row["topologies"] == pytest.approx(other.topologies, abs=1e-4)
+    assert row["probability"] == pytest.approx(other.probability, abs=1e-4)
+
+
+# -- what is answered -------------------------------------------------------------------------------------------
+
+
+def test_one_task_gets_the_row_of_infer_and_many_get_all_of_them(rules: Served) -> None:
+    own = predict(HeuristicBackend(settings()), [Task(id=stable_id(text), text=text) for text in TASKS])
+    expected = [{**row.model_dump(mode="json"), "milliseconds": 0} for row in own]
+    one = rules.post("/v1/route", {"task": TASKS[0]})
+    assert one.status == 200 and {**one.json, "milliseconds": 0} == expected[0]
+    many = rules.post("/v1/route", {"tasks": [TASKS[0], {"id": "mine", "prompt": TASKS[1]}, *TASKS[2:]]}).json
+    assert [{**row, "milliseconds": 0} for row in many["predictions"]] == [
+        {**row, "task_id": "mine" if place == 1 else row["task_id"]} for place, row in enumerate(expected)
+    ]
+
+
+def test_an_adapter_decides_as_infer_does(trained: Served, adapter: Path) -> None:
+    own = [infer(settings(infer__adapter=str(adapter), models__dtype="float32"), text).predictions[0] for text in TASKS]
+    rows = trained.post("/v1/route", {"tasks": TASKS}).json["predictions"]
+    for row, other, text in zip(rows, own, TASKS, strict=True):
+        same(row, other)
+        answer = trained.post("/v1/chat/completions", chat(text)).json
+        assert json.loads(answer["choices"][0]["message"]["content"]) == row["decision"]
+        assert answer["router"]["topologies"] == pytest.approx(row["topologies"], abs=1e-4)
+        assert len(row["alternatives"]) == len(answer["router"]["alternatives"]) == 3
+
+
+def test_infer_asks_it_as_a_remote_router_and_gets_decisions_and_probabilities(trained: Served, adapter: Path) -> None:
+    own = infer(settings(infer__adapter=str(adapter), models__dtype="float32"), TASKS[1]).predictions[0]
+    values = {"infer__backend": "remote", "infer__model": "router", "endpoint__base_url": f"{trained.url}/v1"}
+    [row] = infer(settings(**values), TASKS[1]).predictions
+    same(row.model_dump(mode="json"), own)
+    assert (row.backend, row.fallback) == ("remote", None)
+
+
+def test_openais_client_reads_a_completion_and_its_usage(trained: Served) -> None:
+    with client(trained) as asking:
+        answer = asking.chat.completions.create(
+            model="router",
+            messages=[{"role": "user", "content": "Sort."}],
+            temperature=0,
+            logprobs=True,
+            top_logprobs=5,
+        )
+        assert [one.id for one in asking.models.list()] == ["router"] and asking.models.retrieve(
+            "router"
+        ).id == "router"
+        with pytest.raises(openai.NotFoundError, match="called 'router'"):
+            asking.models.retrieve("other")
+    [choice] = answer.choices
+    decision = json.loads(choice.message.content or "")
+    assert not SPACE.violations(decision) and choice.finish_reason == "stop"
+    assert answer.usage and answer.usage.prompt_tokens > 50 and answer.usage.completion_tokens > 20
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    extra = answer.model_extra["router"] if answer.model_extra else {}
+    assert choice.logprobs and choice.logprobs.content
+    head, topology = choice.logprobs.content
+    assert f"{head.token}{topology.token}" == choice.message.content[: len(head.token) + len(topology.token)]  # type: ignore[index]
+    assert [one.token for one in topology.top_logprobs] == sorted(
+        extra["topologies"], key=lambda one: -extra["topologies"][one]
+    )
+    assert topology.logprob == topology.top_logprobs[0].logprob < 0 == head.logprob
+
+
+def test_openais_client_reads_a_stream(trained: Served) -> None:
+    asked: dict[str, Any] = chat("Sort.", stream=True, stream_options={"include_usage": True})
+    with client(trained) as asking:
+        chunks = list(asking.chat.completions.create(**asked))
+        whole = asking.chat.completions.create(**chat("Sort."))
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert said == whole.choices[0].message.content
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices] == [None, "stop"]
+    assert chunks[-1].usage == whole.usage and not chunks[-1].choices
+
+
+def test_the_last_user_message_is_the_task(rules: Served) -> None:
+    parts = [{"type": "text", "text": "Plan it, build it,"}, {"type": "text", "text": "then test it."}]
+    messages = [
+        {"role": "system", "content": "You are helpful."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "user", "content": parts},
+    ]
+    answer = rules.post("/v1/chat/completions", {"model": "router", "messages": messages}).json
+    alone = rules.post("/v1/route", {"task": "Plan it, build it,\nthen test it."}).json
+    assert json.loads(answer["choices"][0]["message"]["content"]) == alone["decision"]
+
+
+def test_the_task_of_a_rendered_prompt_is_what_stands_in_it() -> None:
+    backend = Gated()
+    rendered = [message.model_dump() for message in prompts.router_messages("Sort.", SPACE)]
+    complaint = [{"role": "assistant", "content": "{}"}, {"role": "user", "content": "That decision is not valid"}]
+    teachers = [message.model_dump() for message in prompts.teacher_messages("Sort.", SPACE)]
+    assert rendered[0]["content"].startswith(OPENING) and teachers[0]["content"].startswith(OPENING)
+    other = [message.model_dump() for message in prompts.router_messages("Sort.", DecisionSpace(("cook", "waiter")))]
+    with serving(backend) as served:
+        for messages in (rendered, rendered + complaint, teachers):
+            assert served.post("/v1/chat/completions", {"model": "router", "messages": messages}).status == 200
+        # A task that begins like a prompt is a task.
+        served.post("/v1/chat/completions", chat("Task: Sort."))
+        refused = served.post("/v1/chat/completions", {"model": "router", "messages": other})
+    assert backend.batches == [["Sort."]] * 3 + [["Task: Sort."]]
+    assert (refused.status, refused.code) == (400, "other_space") and "planner, builder" in refused.text
+
+
+# -- what is turned away ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "code"),
+    [
+        ("route", b"{", "invalid_json"),
+        ("route", b"[" * 100_00, "invalid_json"),
+        ("route", b'{"task": "\xff"}', "invalid_json"),
+        ("route", ["Sort"], "invalid_json"),
+        ("route", {}, "invalid_task"),
+        ("route", {"task": " \n"}, "invalid_task"),
+        ("route", {"task": 3}, "invalid_task"),
+        ("route", b'{"task": "\\ud83d"}', "invalid_task"),
+        ("route", {"tasks": []}, "invalid_tasks"),
+        ("route", {"tasks": "Sort"}, "invalid_tasks"),
+        ("route", {"tasks": ["Sort", None]}, "invalid_task"),
+        ("chat/completions", b"", "invalid_json"),
+        ("chat/completions", {"model": "router"}, "invalid_messages"),
+        ("chat/completions", {"model": "router", "messages": []}, "no_task"),
+        ("chat/completions", {"model": "router", "messages": [{"role": "system", "content": "x"}]}, "no_task"),
+        ("chat/completions", {"model": "router", "messages": ["x"]}, "invalid_messages"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x"}]}, "missing_model"),
+        ("chat/completions", chat("x", n=2), "unsupported_value"),
+        ("chat/completions", chat("x", stream="yes"), "invalid_type"),
+        ("chat/completions", b'{"model":"router","messages":[{"role":"user","content":"\\ud83d"}]}', "invalid_content"),
+        (
+            "chat/completions",
+            {"model": "router", "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "invalid_content",
+        ),
+    ],
+)
+def test_bad_requests_get_400_in_openais_shape(rules: Served, path: str, body: Any, code: str) -> None:
+    answer = rules.post(f"/v1/{path}", body)
+    assert (answer.status, answer.code) == (400, code)
+    error = answer.json["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    assert error["message"] and "\n" not in error["message"]
+
+
+def test_unknown_paths_methods_models_and_types_are_refused(rules: Served) -> None:
+    assert (rules.get("/v1/nothing").status, rules.get("/v1/nothing").code) == (404, "unknown_url")
+    assert rules.get("/v1/route").status == 405 and rules.get("/v1/route").headers["allow"] == "POST"
+    wrong = rules.post("/v1/chat/completions", {**chat("x"), "model": "gpt-4o"})
+    assert (wrong.status, wrong.code) == (404, "model_not_found")
+    plain = rules.post("/v1/route", {"task": "x"}, Content_Type="text/plain")
+    assert (plain.status, plain.code) == (415, "not_json")
+
+
+def test_a_body_too_large_is_refused_however_it_is_sent(rules: Served) -> None:
+    body = json.dumps({"task": "x" * 30_000}).encode()
+    told = rules.post("/v1/route", body)
+    assert (told.status, told.code) == (413, "too_large") and "20,000" in told.text
+    connection = http.client.HTTPConnection("127.0.0.1", rules.port, timeout=30)
+    connection.request("POST", "/v1/route", iter([body]), {"Content-Type": "application/json"}, encode_chunked=True)
+    assert connection.getresponse().status == 413
+    connection.close()
+    assert rules.post("/v1/route", {"task": "x" * 19_000}).status == 200
+
+
+def test_more_tasks_than_the_queue_holds_are_refused() -> None:
+    with serving(Gated(), queue=3) as served:
+        answer = served.post("/v1/route", {"tasks": ["x"] * 4})
+        assert (answer.status, answer.code) == (413, "too_many_tasks")
+        assert served.post("/v1/route", {"tasks": ["x"] * 3}).status == 200
+
+
+def test_a_token_is_asked_for_everywhere_but_by_the_probes() -> None:
+    with serving(Gated(), token=TOKEN) as served:
+        for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {TOKEN}"}):
+            for answer in (served.post("/v1/route", {"task": "x"}, **given), served.get("/metrics", **given)):
+                assert (answer.status, answer.code) == (401, "invalid_api_key")
+                assert answer.headers["www-authenticate"] == "Bearer" and TOKEN not in answer.text
+        assert served.post("/v1/route", {"task": "x"}, Authorization=f"Bearer {TOKEN}").status == 200
+        assert served.get("/healthz").status == served.get("/readyz").status == 200
+        with client(served, api_key=TOKEN) as asking:
+            assert asking.chat.completions.create(**chat("x")).choices
+        with client(served) as asking, pytest.raises(openai.AuthenticationError):
+            asking.chat.completions.create(**chat("x"))
+        assert not served.said.warnings
+
+
+@pytest.mark.parametrize("token", ["short", "white space in the middle", "umlaut-ä-is-not-ascii"])
+def test_a_weak_token_is_refused_and_not_shown(token: str) -> None:
+    with pytest.raises(SettingsError, match=r"serve\.token .*16 or more") as error:
+        settings(token=token)
+    assert token not in str(error.value)
+
+
+def test_others_cannot_reach_it_without_a_token(capsys: pytest.CaptureFixture[str]) -> None:
+    for host in ("0.0.0.0", "::"):
+        with pytest.raises(UsageError, match="ROUTER_SERVE__TOKEN"):
+            serve(settings(host=host, port=0, infer__backend="heuristic"))
+    with pytest.raises(UsageError, match="no address of this machine"):
+        serve(settings(host="no.such.host.invalid", infer__backend="heuristic"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "--backend", "heuristic", "--port", port]) == 2
+    assert f"127.0.0.1:{port} cannot be listened at" in capsys.readouterr().err
+
+
+def test_options_that_do_not_go_together_are_said_before_anything_is_loaded() -> None:
+    with pytest.raises(UsageError, match="gives no probability"):
+        serve(settings(infer__backend="heuristic", infer__fallback="abstain", infer__min_confidence=0.5))
+    with pytest.raises(UsageError, match="--adapter FOLDER"):
+        serve(settings(port=0))
+
+
+# -- the queue --------------------------------------------------------------------------------------------------
+
+
+def test_what_comes_while_the_model_works_shares_the_next_batch() -> None:
+    backend = Gated()
+    backend.open.clear()
+    with serving(backend, infer__batch_size=4) as served:
+        first = served.later("/v1/route", {"task": "first"})
+        until(lambda: len(backend.batches) == 1)
+        rest = [served.later("/v1/route", {"task": f"task {i}"}) for i in range(6)]
+        until(lambda: served.waiting == 6)
+        backend.open.set()
+        assert [one.get().status for one in (first, *rest)] == [200] * 7
+    assert [len(batch) for batch in backend.batches] == [1, 4, 2]
+
+
+def test_an_idle_model_waits_a_moment_for_company() -> None:
+    backend = Gated()
+    with serving(backend, batch_wait_ms=500, infer__batch_size=2) as served:
+        both = [served.later("/v1/route", {"task": "x"}) for _ in range(2)]
+        assert [one.get().status for one in both] == [200, 200]
+    assert [len(batch) for batch in backend.batches] == [2]
+
+
+def test_a_long_text_makes_nobody_pad() -> None:
+    backend = Gated()
+    with serving(backend) as served:
+        served.post("/v1/route", {"tasks": ["a", "b", "x" * 50_000, "y" * 50_000, "c"]})
+    assert [[text[0] for text in batch] for batch in backend.batches] == [["a", "b"], ["x"], ["y"], ["c"]]
+
+
+def test_a_full_queue_says_when_to_come_back_and_loses_nobody() -> None:
+    backend = Gated()
+    backend.open.clear()
+    with serving(backend, queue=2) as served:
+        inside = [served.later("/v1/route", {"task": "x"})]
+        until(lambda: len(backend.batches) == 1)
+        inside += [served.later("/v1/route", {"task": "x"}) for _ in range(2)]
+        until(lambda: served.waiting == 2)
+        turned_away = served.post("/v1/route", {"task": "x"})
+        assert (turned_away.status, turned_away.code) == (429, "queue_full")
+        assert turned_away.json["error"]["type"] == "rate_limit_error" and int(turned_away.headers["retry-after"]) >= 1
+        with client(served) as asking, pytest.raises(openai.RateLimitError):
+            asking.chat.completions.create(**chat("x"))
+        backend.open.set()
+        assert [one.get().status for one in inside] == [200] * 3
+        assert served.post("/v1/route", {"task": "x"}).status == 200
+    assert served.metric("router_errors_total", code="queue_full") == 2
+
+
+def test_a_client_that_goes_away_frees_its_place_and_is_never_decided_for() -> None:
+    backend = Gated()
+    backend.open.clear()
+    with serving(backend, queue=3) as served:
+        first = served.later("/v1/route", {"task": "first"})
+        until(lambda: len(backend.batches) == 1)
+        body = json.dumps({"tasks": ["gone"] * 3}).encode()
+        head = f"POST /v1/route HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        with socket.create_connection(("127.0.0.1", served.port)) as connection:
+            connection.sendall(f"{head}\r\n\r\n".encode() + body)
+            until(lambda: served.waiting == 3)
+        until(lambda: served.waiting == 0)
+        until(lambda: served.metric("router_requests_in_progress") == 1)
+        # Half a body is no request either.
+        with socket.create_connection(("127.0.0.1", served.port)) as connection:
+            connection.sendall(f"{head}\r\n\r\n".encode() + body[:5])
+            until(lambda: served.metric("router_requests_in_progress") == 2)
+        until(lambda: served.metric("router_requests_in_progress") == 1)
+        backend.open.set()
+        assert first.get().status == 200
+    assert backend.batches == [["first"]]
+    assert served.metric("router_errors_total", code="gone") == 2 and not served.said.warnings
+
+
+def test_the_time_limit_ends_waiting_and_shows_a_stuck_model() -> None:
+    backend = Gated()
+    backend.open.clear()
+    with serving(backend, time_limit=0.2) as served:
+        first = served.later("/v1/route", {"task": "first"})
+        until(lambda: len(backend.batches) == 1)
+        late = served.post("/v1/route", {"task": "late"})
+        assert (late.status, late.code) == (504, "time_limit")
+        assert first.get().status == 504 and served.waiting == 0
+        assert (served.get("/readyz").status, served.get("/healthz").status) == (503, 200)
+        backend.open.set()
+        until(lambda: served.get("/readyz").status == 200)
+    assert backend.batches == [["first"]]
+
+
+# -- failures ---------------------------------------------------------------------------------------------------
+
+
+def test_a_task_that_breaks_the_model_breaks_nobody_elses_answer() -> None:
+    backend = Gated()
+    backend.open.clear()
+    with serving(backend) as served:
+        first = served.later("/v1/route", {"task": "first"})
+        until(lambda: len(backend.batches) == 1)
+        texts = ("good", "broken", "fine")
+        asked = [served.later("/v1/route", {"task": text}) for text in texts]
+        until(lambda: served.waiting == 3)
+        backend.open.set()
+        answers = {text: one.get() for text, one in zip(texts, asked, strict=True)}
+        assert first.get().status == 200
+    assert {text: one.status for text, one in answers.items()} == {"good": 200, "broken": 500, "fine": 200}
+    assert answers["broken"].json["error"]["type"] == "server_error" and "memory" not in answers["broken"].text
+    assert any("RuntimeError: out of memory" in line for line in served.said.warnings)
+
+
+def test_what_the_server_behind_says_is_handed_on() -> None:
+    with serving(Gated()) as served:
+        answer = served.post("/v1/route", {"task": "refused"})
+    assert (answer.status, answer.code) == (502, "upstream") and "no such model" in answer.text
+
+
+# -- not sure enough --------------------------------------------------------------------------------------------
+
+
+def unsure_settings(**values: Any) -> dict[str, Any]:
+    return {
+        "infer__min_confidence": 0.5,
+        **{f"infer__{key}" if "__" not in key else key: value for key, value in values.items()},
+    }
+
+
+def doubtful(text: str) -> float:
+    return 0.4 if "doubtful" in text else 0.9
+
+
+def test_abstaining_is_a_row_without_a_decision_and_a_refusal() -> None:
+    values = unsure_settings(fallback="abstain")
+    with make_fallback(settings(**values), [], None) as unsure, serving(Gated(doubtful), unsure, **values) as served:
+        rows = served.post("/v1/route", {"tasks": ["sure", "doubtful"]}).json["predictions"]
+        assert [row["fallback"] for row in rows] == [None, "abstain"] and rows[1]["decision"] is None
+        with client(served) as asking:
+            message = asking.chat.completions.create(**chat("doubtful")).choices[0].message
+            assert message.content is None and "not sure enough" in (message.refusal or "")
+            last = list(asking.chat.completions.create(**chat("doubtful", stream=True)))
+            assert last[0].choices[0].delta.content is None and last[0].choices[0].delta.refusal  # type: ignore[union-attr]
+    assert served.metric("router_decisions_total", topology="none") == 3
+    assert served.metric("router_fallbacks_total", by="abstain") == 3
+
+
+def test_a_teacher_is_asked_for_the_unsure_and_nobody_waits_for_it_but_they() -> None:
+    answering = threading.Event()
+
+    def behave(call: Call) -> Reply | None:
+        assert answering.wait(30)
+        return None
+
+    with FakeTeacher(behave=behave) as teacher:
+        values = unsure_settings(fallback="teacher", endpoint__base_url=teacher.url, endpoint__api_key="k")
+        values |= {"label__price_in": 2.5, "label__price_out": 10.0}
+        unsure = make_fallback(settings(**values), [], None)
+        with serving(Gated(doubtful), unsure, **values) as served:
+            waiting = served.later("/v1/route", {"task": "doubtful"})
+            until(lambda: len(teacher.calls) == 1)
+            assert served.post("/v1/route", {"task": "sure"}).json["fallback"] is None
+            answering.set()
+            row = waiting.get().json
+    assert row["fallback"] == "teacher" and not SPACE.violations(row["decision"])
+    assert row["probability"] == pytest.approx(row["topologies"][row["decision"]["topology"]])
+    assert served.metric("router_fallback_dollars_total") == pytest.approx(teacher.cost)
+    assert dict(unsure.counts) == {"teacher": 1}
+
+
+def test_a_teacher_that_refuses_is_an_error_for_the_unsure_alone() -> None:
+    with FakeTeacher(behave=lambda call: Reply(status=401)) as teacher:
+        values = unsure_settings(fallback="teacher", endpoint__base_url=teacher.url, endpoint__api_key="k")
+        unsure = make_fallback(settings(**values), [], None)
+        with serving(Gated(doubtful), unsure, **values) as served:
+            answer = served.post("/v1/route", {"task": "doubtful"})
+            assert (answer.status, answer.code) == (502, "upstream")
+            assert served.post("/v1/route", {"task": "sure"}).status == 200
+
+
+# -- metrics ----------------------------------------------------------------------------------------------------
+
+
+def test_prometheus_reads_the_metrics() -> None:
+    with serving(Gated()) as served:
+        served.post("/v1/route", {"tasks": ["Sort a list", "Sort another list"]})
+        served.post("/v1/chat/completions", chat("Sort a list"))
+        served.post("/v1/route", b"{")
+        page = served.get("/metrics")
+        assert page.headers["content-type"].startswith("text/plain; version=")
+        served.get("/healthz")
+        counted = served.metric
+        assert counted("router_requests_total", endpoint="/v1/route", status="200") == 1
+        assert counted("router_requests_total", endpoint="/v1/route", status="400") == 1
+        assert counted("router_requests_total") == 3
+        assert counted("router_request_seconds_count", endpoint="/v1/chat/completions") == 1
+        assert counted("router_errors_total", code="invalid_json") == counted("router_errors_total") == 1
+        assert (counted("router_batch_size_sum"), counted("router_batch_seconds_count")) == (3, 2)
+        assert counted("router_decisions_total", topology="single") == counted("router_decisions_total") == 3
+        assert counted("router_queue_depth") == counted("router_requests_in_progress") == 0
+        if hasattr(socket, "AF_UNIX"):
+            assert counted("process_resident_memory_bytes") > 1e7 or not Path("/proc/self/stat").exists()
+        assert ask(f"{served.url}/metrics").text.endswith("\n")
