@@ -148,12 +148,16 @@ _OF_THE_TEACHER = {"teacher", "model", "strategy", "temperature", "examples", "s
 
 def identity(settings: Settings) -> dict[str, object]:
     """What makes two calls write the same rows into one file."""
-    chosen = settings.infer.model_dump(mode="json", exclude={"output", "batch_size", "limit", "engine", "workers"})
+    # Whether bad lines stop the call changes nothing in the rows; that they are about the same tasks is seen to.
+    neutral = {"output", "batch_size", "limit", "engine", "workers", "skip_bad_lines"}
+    chosen = settings.infer.model_dump(mode="json", exclude=neutral)
     adapter = settings.infer.adapter
     # An adapter that was trained anew stands under the same name.
     trained = file_sha256(adapter / META) if adapter and (adapter / META).is_file() else None
     if settings.infer.fallback == "teacher":
         chosen["teacher"] = settings.label.model_dump(mode="json", include=_OF_THE_TEACHER)
+    if settings.infer.backend == "local":
+        chosen["dtype"] = settings.models.dtype  # other types give other probabilities
     return {**chosen, "decision": settings.decision.model_dump(mode="json"), "adapter's training": trained}
 
 

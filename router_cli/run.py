@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,24 +18,33 @@ from router_cli.progress import SILENT, Progress
 from router_cli.schema import Decision, Usage
 from router_cli.settings import Settings
 from router_cli.tasks import stable_id
+from router_cli.teachers import total
+from router_cli.teams.cascade import Climb, climb, rungs
 from router_cli.teams.given import given_decision
+from router_cli.teams.sandbox import Sandbox
 from router_cli.teams.team import Work, work
 from router_cli.teams.workers import EndpointWorker, Worker, check_budget
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run made. `probability` is that of the decided topology, None where the user decided."""
+    """What a run made. `probability` is that of the decided topology, None where the user decided.
+
+    `decision` is that of the team whose result counts; with a cascade `teams` are all that worked, in order, and
+    `fired` the triggers that escalated. `usage` and `seconds` are those of all of them.
+    """
 
     task: str
     decision: Decision
     probability: float | None
     result: str
+    teams: tuple[Decision, ...]
+    fired: tuple[str, ...]
     turns: int
     notes: tuple[str, ...]
     usage: Usage
     seconds: float
-    trace: Path
+    traces: tuple[Path, ...]
 
 
 def run(settings: Settings, text: str, progress: Progress = SILENT, worker: Worker | None = None) -> RunResult:
@@ -46,32 +57,56 @@ def run(settings: Settings, text: str, progress: Progress = SILENT, worker: Work
     if not text.strip():
         raise UsageError("the task is empty")
     check_budget(settings)
-    decision, probability = _decided(settings, text, progress)
+    box = _sandbox(settings, progress)
+    decision, probability, shares = _decided(settings, text, progress)
     folder = settings.run.output_dir
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    trace = _new(folder, stable_id(text))
-    done = asyncio.run(_work(settings, text, decision, trace, progress, worker))
+    traces: list[Path] = []
+
+    def trace() -> Path:
+        traces.append(_new(folder, stable_id(text)))
+        return traces[-1]
+
+    went = asyncio.run(_work(settings, text, decision, shares, trace, box, progress, worker))
+    done = went.last
     if done.ended != "finished":
         kind = BudgetReached if done.ended == "budget" else TeacherError
-        raise kind(f"the team came to no result: {done.why}; its turns are in {trace}")
+        raise kind(f"the team came to no result: {done.why}; its turns are in {traces[-1]}")
+    turns = [turn for one in went.works for turn in one.turns]
     return RunResult(
         task=text,
-        decision=decision,
+        decision=done.decision,
         probability=probability,
         result=done.result,
-        turns=len(done.turns),
-        notes=tuple(f"turn {n} ({turn.role}): {note}" for n, turn in enumerate(done.turns, 1) for note in turn.notes),
-        usage=done.usage,
-        seconds=done.seconds,
-        trace=trace,
+        teams=tuple(one.decision for one in went.works),
+        fired=tuple(went.fired),
+        turns=len(turns),
+        notes=tuple(f"turn {n} ({turn.role}): {note}" for n, turn in enumerate(turns, 1) for note in turn.notes),
+        usage=functools.reduce(total, (one.usage for one in went.works)),
+        seconds=sum(one.seconds for one in went.works),
+        traces=tuple(traces),
     )
 
 
-def _decided(settings: Settings, text: str, progress: Progress) -> tuple[Decision, float | None]:
+def _sandbox(settings: Settings, progress: Progress) -> Sandbox | None:
+    """Where the cascade looks at answers; None where none of its triggers needs it.
+
+    Raises UsageError where one does and the user has not said --allow-code-execution.
+    """
+    needs = {"examples", "runs"} & set(settings.run.cascade)
+    if not (needs or settings.run.allow_code_execution):
+        return None
+    return Sandbox(allow=settings.run.allow_code_execution, progress=progress)
+
+
+def _decided(
+    settings: Settings, text: str, progress: Progress
+) -> tuple[Decision, float | None, dict[str, float] | None]:
+    """The decision, its topology's probability and those of all topologies, as far as they are known."""
     space, given = space_from(settings), settings.run.decision
     if given is not None:
-        return given_decision(given, space), None
+        return given_decision(given, space), None, None
     backend = make_backend(settings, progress)
     try:
         [choice] = backend.decide([text])
@@ -79,16 +114,23 @@ def _decided(settings: Settings, text: str, progress: Progress) -> tuple[Decisio
         backend.close()
     if choice.decision is None:
         raise TeacherError("the router gives no decision for this task")
-    return choice.decision, choice.probability
+    return choice.decision, choice.probability, choice.topologies
 
 
 async def _work(
-    settings: Settings, text: str, decision: Decision, trace: Path, progress: Progress, worker: Worker | None
-) -> Work:
+    settings: Settings,
+    text: str,
+    decision: Decision,
+    shares: dict[str, float] | None,
+    trace: Callable[[], Path],
+    box: Sandbox | None,
+    progress: Progress,
+    worker: Worker | None,
+) -> Climb:
     chosen = worker or EndpointWorker(settings, progress)
-    title = f"{decision.topology} ({', '.join(decision.roles)})"
-    try:
-        with progress.bar(title, None) as bar:
+
+    async def attempt(team: Decision, sample: int) -> Work:
+        with progress.bar(f"{team.topology} ({', '.join(team.roles)})", None) as bar:
             told = 0
 
             def watch(role: str, so_far: Work) -> None:
@@ -97,7 +139,15 @@ async def _work(
                 told = len(so_far.turns)
                 progress.notice(f"turn {told + 1}: {role}")
 
-            return await work(text, decision, chosen, trace, watch=watch)
+            return await work(text, team, chosen, trace(), sample, watch)
+
+    wanted = settings.run
+    try:
+        if not wanted.cascade:
+            return Climb([await attempt(decision, 0)])
+        cheap, dear = rungs(decision, space_from(settings))
+        share = shares.get(cheap.topology) if shares else None
+        return await climb(text, cheap, dear, wanted.cascade, attempt, box, share, wanted.unsure_below)
     finally:
         await chosen.close()
 

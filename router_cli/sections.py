@@ -16,6 +16,7 @@ from router_cli.schema import Topology
 
 SMALL_MODEL = "smollm2-135m"
 TOPOLOGY_NAMES = get_args(Topology)
+TRIGGERS = ("examples", "runs", "disagree", "unsure")
 # Recorded executions that come with the project (data/outcomes/).
 OUTCOME_TABLES = ("humaneval-mapcoder", "mbpp-mapcoder", "mbpp-et-mapcoder", "xcodeeval-mapcoder")
 MOST_EXAMPLES = 64
@@ -37,6 +38,12 @@ def _distinct(value: list[str]) -> list[str]:
 
 def _files(value: list[str]) -> list[str]:
     return [str(Path(part).expanduser()) if part.startswith("~") else part for part in value]
+
+
+def _triggers(value: list[str]) -> list[str]:
+    if unknown := [name for name in value if name not in TRIGGERS]:
+        raise ValueError(f"must be among {', '.join(TRIGGERS)}, not {unknown[0]}")
+    return value
 
 
 def _fallback(value: str | None) -> str | None:
@@ -358,10 +365,22 @@ class RunSettings(Section):
     decision: str | None = Field(
         None, description="A topology, or a whole decision as JSON, in place of a router's.", examples=[*TOPOLOGY_NAMES]
     )
+    cascade: Annotated[Names, AfterValidator(_triggers)] = Field(
+        [],
+        description="Try a single agent first, and the decided team where one of these says so: "
+        "examples, runs, disagree, unsure.",
+        examples=list(TRIGGERS),
+    )
+    unsure_below: float = Field(
+        0.5, ge=0, le=1, description="Probability of a single agent below which --cascade unsure takes the team."
+    )
+    allow_code_execution: bool = Field(
+        False, description="Run the code that models write, in the sandbox: what --cascade examples and runs need."
+    )
     output_dir: Folder = Field(Path("outputs/runs"), description="Folder for the traces.")
     temperature: float = Field(0.2, ge=0, le=2, description="Sampling temperature of the worker.")
     answer_tokens: int = Field(
-        4096, ge=16, le=65_536, description="Tokens of an answer; more once answers were cut there."
+        4096, ge=16, le=65_536, description="Tokens of an answer, at most; what is longer is cut there."
     )
     concurrency: int = Field(16, ge=1, le=1024, description="Requests in flight at once.")
     rpm: float | None = Field(None, gt=0, description="Requests a minute (default: as the endpoint's headers say).")

@@ -273,7 +273,7 @@ def _calibrated(
             served = model.merge_and_unload().eval()
         else:  # trained in another type: probabilities differ between types
             served = merged(load(base, settings)[0], settings.train.output_dir)
-        decoder = Decoder(served, tokenizer, space)
+        decoder = Decoder(served, tokenizer, space, max_length=settings.train.max_length)
         encoded = [decoder.prompt(example.text) for example in validation]
         with progress.bar("calibrate", len(encoded)) as bar:
             shares = decoder.distributions(encoded)

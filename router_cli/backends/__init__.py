@@ -66,8 +66,6 @@ def make_backend(settings: Settings, progress: Progress = SILENT) -> Backend:
         from router_cli.backends.remote import RemoteBackend
 
         return RemoteBackend(settings, progress)
-    if settings.infer.adapter is None and settings.infer.base is None:
-        raise UsageError("no router: pass --adapter FOLDER, or --base MODEL to ask an untrained model")
     from router_cli.backends.local import LocalBackend
 
     return LocalBackend(settings, progress)

@@ -15,7 +15,7 @@ from router_cli import models, prompts
 from router_cli.backends import Choice, space_from
 from router_cli.backends.decoding import SEARCHED, Decoded, Decoder
 from router_cli.backends.device import ROWS_AT_ONCE, best_device, fast_dtype
-from router_cli.errors import InputError, ModelError
+from router_cli.errors import InputError, ModelError, UsageError
 from router_cli.jsonl import read_json
 from router_cli.progress import SILENT, Progress
 from router_cli.schema import Alternative, Decision, Usage
@@ -40,7 +40,7 @@ class LocalBackend:
         adapter = settings.infer.adapter
         meta = read_meta(adapter) if adapter else {}
         if adapter is None and settings.infer.base is None:
-            raise ModelError("no router: pass --adapter FOLDER, or --base MODEL to ask an untrained model")
+            raise UsageError("no router: pass --adapter FOLDER, or --base MODEL to ask an untrained model")
         self.space = space_of(meta) if meta else space_from(settings)
         # An exported router is a whole model, which its description finds beside itself.
         whole = str(adapter / meta["merged"]) if adapter and "merged" in meta else None
@@ -55,22 +55,25 @@ class LocalBackend:
             progress.warn(
                 f"calibrated in {measured}, but computed in {type_here}: --dtype {measured} is as it was measured"
             )
-        self._alternatives, self._progress, self._said_inexact = settings.infer.alternatives or 0, progress, False
+        self._alternatives, self._progress, self._said = settings.infer.alternatives or 0, progress, set[str]()
         self._calibrate: Callable[[dict[str, float]], dict[str, float]] = calibration.apply if calibration else dict
         self._batch_size = settings.infer.batch_size
-        self._decoder = Decoder(self.model, self.tokenizer, self.space, self._batch_size, calibrate=self._calibrate)
+        # Longer prompts than it was trained with would be as foreign to a router as other words.
+        self._max_length = meta.get("settings", {}).get("max_length", settings.train.max_length)
+        self._decoder = self._decoder_over(self.space)
 
     def decide(self, texts: Sequence[str]) -> list[Choice]:
         """A valid decision for each text, with its probabilities, in the order of the texts."""
         started = time.perf_counter()
         asked = [self._decoder.prompt(text) for text in texts]
+        if self._decoder.cut:
+            self._say_once(
+                f"tasks that take more than {self._max_length} tokens, as in training, are shortened in their middle"
+            )
         found = self._decoder.decide(asked, self._alternatives)
         each = (time.perf_counter() - started) * 1000 / max(1, len(texts))
-        if not self._said_inexact and not all(one.exact for one in found):
-            self._said_inexact = True
-            self._progress.warn(
-                f"the search for alternatives ends after {SEARCHED} branches a task: some rows have fewer"
-            )
+        if not all(one.exact for one in found):
+            self._say_once(f"the search for alternatives ends after {SEARCHED} branches a task: some rows have fewer")
         return [
             Choice(c.decision, c.topologies, each, alternatives=self._listed(c), usage=self._usage(prompt, c.decision))
             for prompt, c in zip(asked, found, strict=True)
@@ -81,6 +84,11 @@ class LocalBackend:
         answer = len(prompts.encode_answer(decision, self.tokenizer))
         return Usage(prompt_tokens=len(prompt), completion_tokens=answer)
 
+    def _say_once(self, words: str) -> None:
+        if words not in self._said:
+            self._said.add(words)
+            self._progress.warn(words)
+
     def close(self) -> None:
         """Nothing is open: the model goes with the object."""
 
@@ -88,8 +96,11 @@ class LocalBackend:
         """The same model over another decision space: what a prompt with other roles would have got."""
         other = copy.copy(self)
         other.space = space
-        other._decoder = Decoder(self.model, self.tokenizer, space, self._batch_size, calibrate=self._calibrate)
+        other._decoder = self._decoder_over(space)
         return other
+
+    def _decoder_over(self, space: DecisionSpace) -> Decoder:
+        return Decoder(self.model, self.tokenizer, space, self._batch_size, self._calibrate, self._max_length)
 
     def _listed(self, found: Decoded) -> tuple[Alternative, ...] | None:
         if not self._alternatives:
@@ -128,7 +139,9 @@ def read_meta(adapter: Path) -> dict[str, Any]:
     base, described = meta["base_model"], {key: meta[key] for key in DecisionSettings.model_fields}
     try:
         DecisionSettings(**described)
-        sound = all(isinstance(meta[key], list) for key in ("roles", "topologies"))
+        kept = meta.get("settings", {})
+        sound = all(isinstance(meta[key], list) for key in ("roles", "topologies")) and isinstance(kept, dict)
+        sound = sound and isinstance(kept.get("max_length", 0), int)
     except ValueError:
         sound = False
     if not sound or not isinstance(base, dict) or not isinstance(base.get("folder_or_id"), str):

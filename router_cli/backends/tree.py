@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from router_cli import prompts
+from router_cli.errors import UsageError
 from router_cli.schema import Decision
 from router_cli.space import DecisionSpace
 
@@ -57,10 +58,12 @@ class Node:
 
 
 class DecisionTree:
-    """The tree of all valid decisions of `space`, in tokens of `tokenizer`."""
+    """The tree of all valid decisions of `space`, in tokens of `tokenizer`. Raises UsageError where there is none."""
 
     def __init__(self, space: DecisionSpace, tokenizer: prompts.Tokenizer) -> None:
         self.space, self._tokenizer = space, tokenizer
+        if not self._reachable:
+            raise UsageError(f"no decision is possible: {', '.join(space.topologies)} with one role alone")
         self._settled: dict[Partial, tuple[int, ...]] = {}
         self._nodes: dict[tuple[int, tuple[Partial, ...]], Node] = {}
 

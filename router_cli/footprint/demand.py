@@ -227,10 +227,11 @@ def speed(setup: Setup, config: Any) -> float:
     import torch
 
     rows = 256 if setup.device == "cpu" else 4096
-    wide = min(4 * config.hidden_size, 16384)
+    deep = int(config.hidden_size)
+    wide = min(4 * deep, 16384)
     dtype = getattr(torch, setup.dtype)
-    left = torch.ones(rows, config.hidden_size, dtype=dtype, device=setup.device)
-    right = torch.ones(config.hidden_size, wide, dtype=dtype, device=setup.device)
+    left = torch.ones(rows, deep, dtype=dtype, device=setup.device)
+    right = torch.ones(deep, wide, dtype=dtype, device=setup.device)
 
     def once() -> float:
         started = time.perf_counter()
@@ -239,7 +240,7 @@ def speed(setup: Setup, config: Any) -> float:
         return time.perf_counter() - started
 
     once()
-    return 2.0 * rows * config.hidden_size * wide / min(once() for _ in range(3))
+    return 2.0 * rows * deep * wide / min(once() for _ in range(3))
 
 
 def free_memory(device: str) -> int:

@@ -152,6 +152,7 @@ def _step(config: Any, setup: Setup, rows: int, length: int, scored: int, shared
     from router_cli.lean import lean
 
     model = _on_meta(config, setup.dtype, setup.adapted)
+    _fuse_attention(model, setup.device)
     if setup.four_bit:
         _quantise(model, setup)
     names = sorted({name for name, _ in _targets(model.get_decoder().layers[0], setup.targets)})
@@ -175,7 +176,7 @@ def _step(config: Any, setup: Setup, rows: int, length: int, scored: int, shared
         masked = shared or rows > 1
         mask = torch.ones(rows, 1, length - shared, length, dtype=torch.bool) if masked else None
         places, answers = (torch.zeros(rows * min(scored, length - shared), dtype=torch.long) for _ in range(2))
-    with lean(model, setup.device), _fused_attention(setup.device), _Alive(model.parameters()) as alive:
+    with lean(model, setup.device), _Alive(model.parameters()) as alive:
         states = hidden_states(base.get_decoder(), ids, mask, shared, 0)
         begun = alive.now
         if setup.fused_head:
@@ -183,7 +184,6 @@ def _step(config: Any, setup: Setup, rows: int, length: int, scored: int, shared
         else:
             kept = states.detach().requires_grad_()
             logits = base.get_output_embeddings()(kept.flatten(0, 1)[places].to(_head_type(base))).float()
-            # Not as a method: within one of a tensor, the context of fused attention is closed.
             torch.autograd.backward(torch.nn.functional.cross_entropy(logits, answers))
             del logits
             head, gradient = alive.peak, kept.grad
@@ -197,12 +197,13 @@ def _prefill(config: Any, setup: Setup, depth: int, rows: int, length: int) -> H
     from transformers import DynamicCache
 
     model = _on_meta(config, setup.dtype, depth)
+    _fuse_attention(model, setup.device)
     if setup.four_bit:
         _quantise(model, setup)
     with torch.device("meta"):
         ids = torch.zeros(rows, length, dtype=torch.long)
         mask = torch.ones(rows, 1, length, length, dtype=torch.bool)
-    with torch.no_grad(), _fused_attention(setup.device), _Alive(model.parameters()) as alive:
+    with torch.no_grad(), _Alive(model.parameters()) as alive:
         cache = DynamicCache(config=model.config)
         found = model.get_decoder()(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
         del found
@@ -278,8 +279,8 @@ def _on_meta(config: Any, dtype: str, layers: int | None = None) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
 
 
-def _fused_attention(device: str) -> Any:
-    """A context in which fused attention keeps what its kernels on `device` keep; on meta torch takes the plain one."""
+def _fuse_attention(model: Any, device: str) -> None:
+    """Let the layers' fused attention keep what its kernels on `device` keep; on meta torch takes the plain one."""
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -306,7 +307,15 @@ def _fused_attention(device: str) -> Any:
                 return attend(*args, **kept)
             return call(*args, **(kwargs or {}))
 
-    return Mode()
+    def within(forward: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with Mode():
+                return forward(*args, **kwargs)
+
+        return run
+
+    for layer in model.get_decoder().layers:  # not around the whole step: torch closes the context in a backward pass
+        layer.forward = within(layer.forward)
 
 
 def _targets(layer: Any, targets: tuple[str, ...]) -> list[tuple[str, Any]]:
@@ -328,7 +337,8 @@ def _tiles(model: Any, scored: int, dtype: str) -> int:
     size, hidden = getattr(torch, dtype).itemsize, int(model.config.hidden_size)
     tile = min(TILE, int(model.config.vocab_size))
     cast = 0 if _head_type(model).itemsize == size else tile * hidden * size
-    return scored * tile * size + cast + scored * hidden * (2 * size + 4)
+    size_: int = scored * tile * size + cast + scored * hidden * (2 * size + 4)
+    return size_
 
 
 def _head_type(model: Any) -> Any:

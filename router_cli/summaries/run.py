@@ -23,12 +23,17 @@ def ran(result: RunResult) -> Shown:
 def told(result: RunResult) -> Text:
     """Who decided what, what it took, and where the trace is."""
     sure = "" if result.probability is None else f" (probability {result.probability:.2f})"
-    used = result.usage
+    used, traces = result.usage, ", ".join(str(one) for one in result.traces)
+    climbed = []
+    if len(result.teams) > 1 or result.fired:
+        names = " -> ".join(team.topology for team in result.teams)
+        climbed = [f"cascade: {names}" + (f", because of {', '.join(result.fired)}" if result.fired else "")]
     lines = [
         f"decided{sure}: {prompts.render(result.decision)}",
         *result.notes,
+        *climbed,
         f"{result.turns} turns, {used.prompt_tokens:,} + {used.completion_tokens:,} tokens, "
-        f"{costs.dollars(used.cost_usd)}, {result.seconds:.1f} s; trace in {result.trace}",
+        f"{costs.dollars(used.cost_usd)}, {result.seconds:.1f} s; trace in {traces}",
     ]
     return Text("\n".join(lines), style="dim")
 

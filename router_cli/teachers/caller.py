@@ -25,7 +25,7 @@ from router_cli.teachers.answers import Reply, read
 from router_cli.teachers.ceiling import Ceiling
 from router_cli.teachers.connection import make_client, post
 from router_cli.teachers.counting import Meter
-from router_cli.teachers.dialect import ANSWER_TOKENS, Dialect, answer_limit
+from router_cli.teachers.dialect import Dialect, answer_limit
 from router_cli.teachers.endpoint import Fault, api_key, final_error, shorten, shown
 from router_cli.teachers.pacing import Pace, Ticket
 
@@ -41,7 +41,7 @@ class Caller:
     """Asks one model behind `endpoint.base_url`; one instance serves all workers of a run.
 
     `backoff` is the first wait in seconds; `extra` are more fields of the request's body, left off from there on where
-    the endpoint refuses them; `rpm` and `tpm` are limits that the user told, `tokens` is that of an answer at first.
+    the endpoint refuses them; `rpm` and `tpm` are limits that the user told, `tokens` that of an answer (`Dialect`).
     `requests` counts what was sent, `wasted` what a rate limit turned away.
     """
 
@@ -58,7 +58,7 @@ class Caller:
         tpm: float | None = None,
         backoff: float = 0.5,
         extra: dict[str, Any] | None = None,
-        tokens: int = ANSWER_TOKENS,
+        tokens: int | None = None,
     ) -> None:
         endpoint = settings.endpoint
         self.model, self._progress = model, progress

@@ -20,17 +20,18 @@ ANSWER_TOKENS, MOST_TOKENS = 1024, 16_384
 class Dialect:
     """The parameters for one endpoint and model. `extra` are fields of the body beside the usual ones.
 
-    `tokens` is how many tokens an answer may have at first.
+    `tokens` is how many tokens an answer may have; without it as many as answers turn out to need.
     """
 
     def __init__(
-        self, url: str, temperature: float, extra: dict[str, Any], progress: Progress, tokens: int = ANSWER_TOKENS
+        self, url: str, temperature: float, extra: dict[str, Any], progress: Progress, tokens: int | None = None
     ) -> None:
         self._url, self._progress = url, progress
         self._wanted = {**extra, "temperature": temperature}
         self._step = {"response_format": 0, "limit": 0}
         self._dropped: set[str] = set()
-        self._first_tokens = self._tokens = tokens
+        self._first_tokens = self._tokens = tokens or ANSWER_TOKENS
+        self._most_tokens = tokens or MOST_TOKENS
 
     @property
     def learnt(self) -> dict[str, Any]:
@@ -44,7 +45,7 @@ class Dialect:
         steps = {name: int(learnt["steps"][name]) for name in self._step}
         if not (0 <= steps["response_format"] < len(FORMATS) and 0 <= steps["limit"] < len(LIMITS)):
             raise ValueError("no such step")
-        self._dropped, self._tokens = set(map(str, learnt["dropped"])), min(MOST_TOKENS, int(learnt["tokens"]))
+        self._dropped, self._tokens = set(map(str, learnt["dropped"])), min(self._most_tokens, int(learnt["tokens"]))
         self._step = steps
         said = [FORMATS[steps["response_format"]], LIMITS[steps["limit"]]]
         without = "".join(f", without {name}" for name in sorted(self._dropped))
@@ -85,7 +86,7 @@ class Dialect:
     def allow_more(self, sent: dict[str, Any]) -> None:
         """An answer was cut at the limit that was sent: raise it."""
         limit = answer_limit(sent)
-        if limit == self._tokens and self._tokens < MOST_TOKENS:
+        if limit == self._tokens and self._tokens < self._most_tokens:
             self._tokens *= 4
             self._progress.notice(f"an answer was cut at {limit} tokens: allowing {self._tokens} from here on")
 

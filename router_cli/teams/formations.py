@@ -152,17 +152,18 @@ class Code:
     """Code found in a result, and how."""
 
     text: str
-    fenced: bool
+    # What the fence calls it, in lower case; None without a fence.
+    language: str | None
 
 
-_FENCE = re.compile(r"^[ \t]*```[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
 
 
 def code_of(result: str, entry_point: str | None = None) -> Code:
     """The code of a result: the last fenced block that defines `entry_point`, else the last block, else all of it."""
-    blocks = [found[1] for found in _FENCE.finditer(result)]
+    blocks = [Code(found[2], found[1].lower()) for found in _FENCE.finditer(result)]
     if not blocks:
-        return Code(result, fenced=False)
+        return Code(result, None)
     defines = rf"^\s*(?:async\s+)?(?:def|class)\s+{re.escape(entry_point or '')}\b"
-    wanted = [one for one in blocks if entry_point and re.search(defines, one, re.MULTILINE)]
-    return Code((wanted or blocks)[-1], fenced=True)
+    wanted = [one for one in blocks if entry_point and re.search(defines, one.text, re.MULTILINE)]
+    return (wanted or blocks)[-1]

@@ -65,7 +65,7 @@ def _problem(row: Mapping[str, Any], benchmark: str) -> Problem:
     tests, entry = row.get("test"), row.get("entry_point")
     if isinstance(tests, str) and isinstance(entry, str):
         given = str(row.get("prompt", ""))
-        return Problem(task, benchmark, tests, _examples(given, entry), entry, given)
+        return Problem(task, benchmark, tests, examples_in(given, entry), entry, given)
     listed = row.get("test_list")
     if isinstance(listed, list) and listed and all(isinstance(one, str) for one in listed):
         setup = str(row.get("test_setup_code") or "")
@@ -80,20 +80,23 @@ def _problem(row: Mapping[str, Any], benchmark: str) -> Problem:
     raise ValueError("has no tests: expected test and entry_point (HumanEval), or test_list (MBPP)")
 
 
-def _examples(given: str, entry: str) -> str:
-    """The examples in a task's docstring as assert statements; empty where there are none that can be read."""
-    asserts = [f"assert ({call}) == ({value})" for call, value in _calls(given, entry)]
+def examples_in(text: str, entry_point: str | None = None) -> str:
+    """The examples in a task's text as assert statements; empty where there are none that can be read.
+
+    Without an `entry_point` only those of doctests: which function prose speaks of cannot be told.
+    """
+    asserts = [f"assert ({call}) == ({value})" for call, value in _calls(text, entry_point)]
     return "\n".join(dict.fromkeys(asserts))
 
 
-def _calls(given: str, entry: str) -> Iterator[tuple[str, str]]:
+def _calls(given: str, entry: str | None) -> Iterator[tuple[str, str]]:
     given = re.sub("\"\"\"|'''", "\n", given)  # or the docstring's end would belong to its last example
     try:
         for example in doctest.DocTestParser().get_examples(given):
             yield from _read(example.source, example.want, entry)
     except ValueError:  # a docstring that only looks like one
         pass
-    for line in given.splitlines():
+    for line in given.splitlines() if entry else ():
         at = line.find(f"{entry}(")
         if at >= 0 and not line.lstrip().startswith((">>>", "def ", "async def ")):
             parts = re.split(r"==|➞|=>|->|\breturns?\b", line[at:], maxsplit=1)
@@ -101,13 +104,15 @@ def _calls(given: str, entry: str) -> Iterator[tuple[str, str]]:
                 yield from _read(parts[0], parts[1].strip().rstrip("."), entry)
 
 
-def _read(source: str, want: str, entry: str) -> Iterator[tuple[str, str]]:
-    """The call and its value, where both are plain: the call one of `entry`, the value a literal."""
+def _read(source: str, want: str, entry: str | None) -> Iterator[tuple[str, str]]:
+    """The call and its value, where both are plain: a call of `entry` (None: any function), a value that is literal."""
     try:
         call = ast.parse(source.strip(), mode="eval").body
         value = ast.literal_eval(want.strip())
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return
     names = {node.id for node in ast.walk(call) if isinstance(node, ast.Name)}
-    if entry in names and all(name == entry or hasattr(builtins, name) for name in names):
+    own = {name for name in names if not hasattr(builtins, name)}
+    called = {node.func.id for node in ast.walk(call) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    if own == ({entry} if entry else own & called) and own:
         yield ast.unparse(call), repr(value)

@@ -10,7 +10,7 @@ import pytest
 
 from router_cli.errors import BudgetReached, InputError, TeacherError
 from router_cli.schema import Decision, Message, Usage
-from router_cli.teams.formations import code_of
+from router_cli.teams.formations import Code, code_of
 from router_cli.teams.team import Work, drawn, read_trace, work
 from router_cli.teams.workers import RecordedWorker, Said, WorkerFailedError
 
@@ -179,4 +179,5 @@ def test_the_code_is_the_last_block_that_defines_what_is_asked_for() -> None:
     text = "First:\n```python\ndef f():\n    return 1\n```\nthen\n```python\nprint(f())\n```\n"
     assert code_of(text, "f").text == "def f():\n    return 1\n"
     assert code_of(text).text == "print(f())\n" and code_of(text, "g").text == "print(f())\n"
-    assert not code_of("def f(): return 1", "f").fenced and code_of("def f(): return 1").text == "def f(): return 1"
+    assert code_of("def f(): return 1", "f") == Code("def f(): return 1", None)
+    assert code_of("```JS\nlet f\n```") == Code("let f\n", "js")
