@@ -9,7 +9,8 @@ Both folders hold the router's description too: `router infer --adapter FOLDER` 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +69,21 @@ def export(adapter: Path, kinds: Sequence[str], settings: Settings, progress: Pr
             bar.advance()
             # The description says where the whole model stands in its own folder, and what it is made of.
             facts = {**meta, "merged": member, "adapter_sha256": source}
-            _replace(folder, lambda beside, one=kind, own=facts: _write(beside, one, *loaded, own))
+            with _replacing(folder) as beside:
+                _write(beside, kind, *loaded, facts)
             bar.advance()
     return done
 
 
-def _replace(folder: Path, make: Callable[[Path], None]) -> None:
-    """Make a folder beside and put it in place whole."""
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A folder beside, which takes the place of `folder` once it is whole."""
     beside = folder.with_name(folder.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
     try:
         with writing(folder):
             beside.mkdir()
-            make(beside)
+            yield beside
             shutil.rmtree(folder, ignore_errors=True)
             beside.rename(folder)
     finally:

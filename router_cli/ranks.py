@@ -1,7 +1,7 @@
 """Several processes that train one adapter: which one this is, and how they wait for and agree with each other.
 
-`accelerate launch` and `torchrun` start the same command once a GPU and tell each process its number in the environment.
-Only the first one writes and speaks. Started alone, everything here does nothing.
+`accelerate launch` and `torchrun` start the same command once a GPU, and tell each process its number in the
+environment. Only the first one writes and speaks. Started alone, everything here does nothing.
 """
 
 from __future__ import annotations

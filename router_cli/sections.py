@@ -244,7 +244,7 @@ class TrainSettings(Section):
     )
     export: Exports = Field(
         [],
-        description="Write the trained router as a model of its own too: merged (transformers, vLLM), gguf (llama.cpp).",
+        description="Write the router as a model of its own too: merged (transformers, vLLM), gguf (llama.cpp).",
     )
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = Field(
         "none", description="Send the log to a tracker too; tensorboard writes below --output-dir."

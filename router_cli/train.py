@@ -14,7 +14,6 @@ The folder it writes:
 from __future__ import annotations
 
 import importlib.util
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -30,7 +29,7 @@ from router_cli.backends.local import META, load, merged, quiet, serving_dtype
 from router_cli.card import write_card
 from router_cli.checkpoints import Run
 from router_cli.errors import UsageError
-from router_cli.jsonl import replacing, write_json, writing
+from router_cli.jsonl import write_json, writing
 from router_cli.models import file_sha256
 from router_cli.progress import SILENT, Progress
 from router_cli.schema import Example
@@ -115,7 +114,8 @@ def _space(settings: Settings) -> DecisionSpace:
 
 
 # What may change between a run and its continuation without making it another run.
-_NEUTRAL = {"output_dir", "data", "logging_steps", "save_steps", "save_total_limit", "download_model", "export", "report_to"}
+_NEUTRAL = {"output_dir", "data", "logging_steps", "save_steps", "save_total_limit", "download_model", "export"}
+_NEUTRAL |= {"report_to"}
 
 
 def _fingerprint(settings: Settings, space: DecisionSpace) -> dict[str, Any]:

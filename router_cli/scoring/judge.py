@@ -184,7 +184,7 @@ def _confidence(
         return None, None
     confidence, right = router.confidence[rows], correct[rows]
     resampled = metrics.bootstrap(
-        {"ece": partial(metrics.ece, confidence, right), "aurc": partial(metrics.aurc, confidence, right)},
+        {"aurc": partial(metrics.aurc, confidence, right)},
         len(rows),
         resamples,
         seed,
@@ -198,7 +198,7 @@ def _confidence(
     kept = np.unique(np.linspace(0, len(coverage) - 1, min(_CURVE_POINTS, len(coverage))).round().astype(int))
     return Calibration(
         n=len(rows),
-        ece=resampled.score("ece"),
+        ece=metrics.ece_interval(confidence, right, resamples, seed),
         ece_when_calibrated=metrics.ece_when_calibrated(confidence, seed),
         brier=brier,
         bins=tuple(ReliabilityBin(**vars(one)) for one in metrics.reliability(confidence, right)),

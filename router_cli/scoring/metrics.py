@@ -141,6 +141,42 @@ def ece(confidence: Array, correct: Array, weights: Array | None = None, bins: i
     return _ratio(np.abs(weights @ gaps).sum(-1), weights.sum(-1))
 
 
+def ece_interval(confidence: Array, correct: Array, resamples: int = 2000, seed: int = 42, bins: int = BINS) -> Score:
+    """The ECE with a 95 % interval for the one that endless tasks would show, in the same bins.
+
+    On few rows the ECE is biased upwards, so that a percentile interval of it hardly ever holds the truth (in 16 of 100
+    simulations at 200 rows). This inverts a test: the bins' gaps are scaled up and down, bootstrap noise is added, and
+    every scale under which the measured ECE is no surprise is in. The measured value itself may lie above it.
+    """
+    import numpy as np
+
+    n, rng = len(confidence), np.random.default_rng(seed)
+    rows = np.eye(bins)[_bin(confidence, bins)] * (confidence - correct)[:, None]
+    gaps = rows.mean(axis=0)
+    block = max(1, _BLOCK // n)
+    counts = [min(block, resamples - start) for start in range(0, resamples, block)]
+    noise = np.concatenate([rng.multinomial(n, np.full(n, 1 / n), size=count) @ rows for count in counts]) / n - gaps
+    value = float(np.abs(gaps).sum())
+
+    def scale(percentile: float) -> float:
+        """The scale under which so many percent of the draws lie below the measured value."""
+
+        def drawn(factor: float) -> float:
+            return float(np.percentile(np.abs(factor * gaps + noise).sum(axis=1), percentile))
+
+        low, high = 0.0, 2.0
+        if value == 0 or drawn(low) >= value:
+            return low
+        while drawn(high) < value:  # ends: the draws grow with the factor
+            high *= 2
+        for _ in range(20):
+            middle = (low + high) / 2
+            low, high = (middle, high) if drawn(middle) < value else (low, middle)
+        return low
+
+    return Score(value=value, low=scale(97.5) * value, high=min(1.0, scale(2.5) * value), n=n)
+
+
 def ece_when_calibrated(confidence: Array, seed: int, simulations: int = 1000) -> float:
     """Mean ECE of a router that is right exactly as often as these confidences say.
 

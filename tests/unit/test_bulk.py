@@ -164,8 +164,14 @@ def test_the_command_goes_over_a_folder_and_says_what_stands(
     assert "1 other files are no shards" in said.err
     assert main([*argv, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
-        **{"output": "out", "shards": 4, "resumed": 4, "decided": 0, "skipped": 0, "fallbacks": 0},
-        **{"threshold": None, "unsure": {}},
+        "output": "out",
+        "shards": 4,
+        "resumed": 4,
+        "decided": 0,
+        "skipped": 0,
+        "fallbacks": 0,
+        "threshold": None,
+        "unsure": {},
     }
     assert main(["infer", "--backend", "heuristic", "--workers", "2", "Sort a list"]) == 2
     assert main(["infer", "--backend", "heuristic", "--engine", "ray", "Sort a list"]) == 2
