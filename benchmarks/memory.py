@@ -34,29 +34,7 @@ from router_cli.space import DecisionSpace
 SPACE = DecisionSpace(("planner", "builder", "tester", "refractor"))
 BOUND = {"cpu": 0.25, "cuda": 0.15}
 LENGTHS = (256, 512, 1024)
-WORDS = [
-    "Sort",
-    "the",
-    "list",
-    "of",
-    "orders",
-    "by",
-    "date",
-    "and",
-    "write",
-    "the",
-    "report",
-    "to",
-    "a",
-    "file,",
-    "then",
-    "check",
-    "the",
-    "totals",
-    "of",
-    "each",
-    "page.",
-]
+WORDS = ("sort", "the", "list", "of", "orders", "by", "date", "and", "write", "a", "report", "to", "each", "page")
 QWEN3 = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B", "Qwen/Qwen3-8B")
 
 

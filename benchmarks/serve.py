@@ -186,6 +186,8 @@ async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
     """All three, after a warm-up."""
     await saturate(url, options.clients, min(10.0, options.seconds / 4))
     full = await saturate(url, options.clients, options.seconds)
+    if not full.latencies:
+        raise SystemExit(f"nothing was answered: {dict(full.errors)}")
     half = await arrive(url, options.rate or full.rate / 2, options.half_seconds or options.seconds)
     left = await kill(url, options.killed)
     ratio = half.percentile(0.99) / half.percentile(0.5)

@@ -1,67 +1,279 @@
-"""What the offline rules and simpler policies are worth on the carried tables: `python -m benchmarks.worth`.
+"""What routers and simpler policies are worth on the carried tables: `python -m benchmarks.worth`.
 
-Baselines of the same run: fixed topologies, coins of the rules' own mix and cost, kNN out of fold, the cascade where
-evidence is recorded, and the oracle. Files of labels given as arguments (`python -m benchmarks.worth LABELS ...`) are
-judged beside as the teacher's labels; their roles are taken from `ROUTER_DECISION__ROLES`. Prints the table of
-docs/worth.md.
+Prints the table of docs/worth.md. Baselines of the same run: fixed topologies, a coin of each policy's own mix, kNN,
+the length rule, the cascade where evidence is recorded, and the oracle. What learns from outcomes learns from those of
+MBPP-ET, of the same worker, and is judged on the others.
+
+    LABELS ...          label files, judged as the teacher's labels on MBPP; their roles: `ROUTER_DECISION__ROLES`
+    --routers FOLDER    also judge routers: FOLDER/teacher, trained by the quickstart on the project's rubric, and
+                        FOLDER/outcomes-WORKER, trained on MBPP-ET's outcomes with the same recipe. Those that are not
+                        there yet are trained: some ten minutes each on two cores
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from router_cli.errors import InputError
+from router_cli.from_outcomes import label_from_outcomes
+from router_cli.infer import infer
 from router_cli.jsonl import write_rows
+from router_cli.quickstart import TRAINING, quickstart
 from router_cli.replay import replay, write_tasks
-from router_cli.scoring.worth_results import Replayed
-from router_cli.sections import OUTCOME_TABLES
-from router_cli.settings import load
+from router_cli.schema import Score
+from router_cli.scoring import metrics, policies
+from router_cli.scoring.baselines import fit_baselines, out_of_fold
+from router_cli.scoring.outcomes import Table, read_outcomes, tables
+from router_cli.scoring.policies import Policy
+from router_cli.scoring.worth_results import PolicyRow, Replayed
+from router_cli.sections import OUTCOME_TABLES, SMALL_MODEL
+from router_cli.settings import Settings, load
 from router_cli.space import DecisionSpace
 from router_cli.tasks import read_tasks
 from router_cli.teachers.heuristic import decide
 
+TAUGHT = "mbpp-et-mapcoder"
+WORKERS = ("gpt-3.5-turbo", "gpt-4-turbo")
+LAST_LAYERS = 10  # a third of SmolLM2's, as in the quickstart
 
-def main(labels: list[str], resamples: int = 2000) -> None:
-    print("| table | policy | solved | $ a task | rules minus it |\n|---|---|---|---|---|")
+
+@dataclass(frozen=True)
+class Line:
+    """A policy of a table: what it solves and costs, and its paired differences in solved share, where they exist."""
+
+    name: str
+    solved: Score
+    dollars: float | None
+    over: dict[str, tuple[Score, str]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("labels", nargs="*")
+    parser.add_argument("--routers", type=Path)
+    parser.add_argument("--resamples", type=int, default=2000)
+    given = parser.parse_args()
+    print("| table | policy | solved | $ a task | minus single | minus chain | minus a coin of its mix |")
+    print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
-        for table in OUTCOME_TABLES:
-            for found in judged(table, labels, resamples, Path(scratch)):
-                print("\n".join(lines(found)))
+        for name in OUTCOME_TABLES:
+            for table in tables(read_outcomes(name)):
+                for place, line in enumerate(judged(name, table, given, Path(scratch))):
+                    print(shown(table.name if place == 0 else "", line), flush=True)
 
 
-def judged(table: str, labels: list[str], resamples: int, folder: Path) -> tuple[Replayed, ...]:
-    options: dict[str, Any] = {"outcomes": table, "output_dir": str(folder), "resamples": resamples}
-    settings = load({f"eval.{name}": ("", value) for name, value in options.items()})
-    space = DecisionSpace(tuple(settings.decision.roles))
-    try:
-        tasks = read_tasks([write_tasks(settings, folder / "tasks.jsonl")])
-    except InputError:  # a table without texts: the policies alone
-        return replay(settings).tables
-    rows = ({"task_id": task.id, "decision": decide(task.text, space)[0].model_dump(mode="json")} for task in tasks)
-    write_rows(folder / "rules.jsonl", rows)
-    settings = settings.with_values(eval__predictions=str(folder / "rules.jsonl"))
-    if labels and table.startswith("mbpp"):
-        settings = settings.with_values(eval__labels=labels)
-    return replay(settings).tables
+def judged(name: str, table: Table, given: argparse.Namespace, folder: Path) -> Iterator[Line]:
+    """Every policy on one table of a carried file."""
+    options: dict[str, Any] = {"outcomes": name, "worker": table.worker, "output_dir": str(folder)}
+    settings = load({f"eval.{key}": ("", value) for key, value in options.items()})
+    settings = settings.with_values(eval__resamples=given.resamples)
+    alone = replay(settings).tables[0]
+    yield from (line(row) for row in alone.policies if row.kind == "fixed")
+    texts = None not in table.texts
+    wishes: dict[str, Path] = {}
+    if texts:
+        tasks = write_tasks(settings, folder / "tasks.jsonl")
+        wishes = {"rules": rules(tasks, folder / "rules.jsonl")}
+        if table.worker in WORKERS:
+            wishes["length rule"] = length_rule(name, table, folder / "length.jsonl", settings.eval.seed)
+        if given.routers:
+            wishes |= routed(name, table.worker, tasks, given.routers)
+    for who, predictions in wishes.items():
+        found = replay(settings.with_values(eval__predictions=str(predictions))).tables[0]
+        yield line(found.policies[0], found, who)
+    if given.labels and name.startswith("mbpp"):
+        found = replay(settings.with_values(eval__labels=given.labels)).tables[0]
+        row = next(one for one in found.policies if one.kind == "labels")
+        over = {"coin": (found.teacher.over_coin.score, found.teacher.over_coin.words)} if found.teacher else {}
+        yield Line("GPT-4's labels", row.solved, row.dollars.value if row.dollars else None, over)
+    yield from (line(row) for row in alone.policies if row.kind in ("knn", "cascade"))
+    if table.worker in WORKERS and not name.startswith("mbpp"):
+        yield learnt_cascade(table, given.resamples, settings.eval.seed)
+    yield from (line(row) for row in alone.policies if row.kind == "oracle")
 
 
-def lines(found: Replayed) -> list[str]:
-    made = []
-    for place, row in enumerate(found.policies):
-        name = "the rules" if row.kind == "router" else row.name
-        cost = "" if row.dollars is None else f"{row.dollars.value:.4f}"
-        some = f", {row.solved.n} tasks" if row.solved.n < found.counts.judged else ""
-        verdict = ""
-        if row.solved_difference is not None and found.policies[0].kind == "router":
-            score = row.solved_difference.score
-            verdict = f"{score.value:+.3f} ({score.low:+.3f} to {score.high:+.3f}): {row.solved_difference.words}"
-        solved = f"{row.solved.value:.3f} ({row.solved.low:.3f} to {row.solved.high:.3f})"
-        made.append(f"| {found.name if place == 0 else ''} | {name} | {solved}{some} | {cost} | {verdict} |")
-    return made
+def line(row: PolicyRow, found: Replayed | None = None, name: str = "") -> Line:
+    """A row of a replay; with the replay that judged it as the router, its differences too."""
+    over: dict[str, tuple[Score, str]] = {}
+    for kind, other in (("single", "always single"), ("chain", "always chain"), ("coin", "same-mix coin")):
+        for one in found.policies if found else ():
+            if one.name == other and one.solved_difference:
+                over[kind] = one.solved_difference.score, one.solved_difference.words
+    return Line(name or row.name, row.solved, row.dollars.value if row.dollars else None, over)
+
+
+def shown(table: str, one: Line) -> str:
+    """One row of the printed table."""
+
+    def told(kind: str) -> str:
+        if kind not in one.over:
+            return ""
+        score, words = one.over[kind]
+        return f"{score.value:+.3f} ({score.low:+.3f} to {score.high:+.3f}): {words}"
+
+    cost = "" if one.dollars is None else f"{one.dollars:.4f}"
+    solved = f"{one.solved.value:.3f} ({one.solved.low:.3f} to {one.solved.high:.3f}), {one.solved.n}"
+    return f"| {table} | {one.name} | {solved} | {cost} | {told('single')} | {told('chain')} | {told('coin')} |"
+
+
+# -- who decides ------------------------------------------------------------------------------------------------
+
+
+def rules(tasks: str, output: Path) -> Path:
+    """The offline teacher's decisions."""
+    space = DecisionSpace(tuple(load().decision.roles))
+    rows = (
+        {"task_id": task.id, "decision": decide(task.text, space)[0].model_dump(mode="json")}
+        for task in read_tasks([tasks])
+    )
+    write_rows(output, rows)
+    return output
+
+
+def length_rule(name: str, table: Table, output: Path, seed: int) -> Path:
+    """A small decision tree on characters and words, fitted on MBPP-ET's outcome labels; there, out of fold."""
+    (taught,) = tables(read_outcomes(TAUGHT, table.worker))
+    asked = [str(text) for text in table.texts]
+    if name.startswith("mbpp"):
+        found = out_of_fold(asked, best(table), table.topologies, seed)
+    else:
+        known = [str(text) for text in taught.texts]
+        found = fit_baselines(known, best(taught), asked, table.topologies, seed)
+    rule = next(one for one in found if one.name == "length")
+    space = DecisionSpace(tuple(load().decision.roles))
+    rows = []
+    for task, text, place in zip(table.tasks, asked, rule.labels, strict=True):
+        own = DecisionSpace(space.roles, (table.topologies[int(place)],))
+        rows.append({"task_id": task, "decision": decide(text, own)[0].model_dump(mode="json")})
+    write_rows(output, rows)
+    return output
+
+
+def best(table: Table) -> list[int]:
+    """The outcome labels: the cheapest topology that solves the task, the cheapest of all where none does."""
+    import numpy as np
+
+    return [int(np.argmax(row)) for row in np.nan_to_num(table.solved)]
+
+
+def routed(name: str, worker: str, tasks: str, folder: Path) -> dict[str, Path]:
+    """Predictions of the trained routers; one trained on MBPP-ET's outcomes says nothing of MBPP itself."""
+    adapters = {"router, teacher": teacher(folder / "teacher")}
+    if worker in WORKERS and not name.startswith("mbpp"):
+        adapters["router, outcomes"] = outcomes(folder / f"outcomes-{worker}", worker)
+    found = {}
+    for who, adapter in adapters.items():
+        # The two tables of MBPP ask the same.
+        found[who] = folder / f"{adapter.parent.name}.{'mbpp' if name.startswith('mbpp') else name}.jsonl"
+        if not found[who].exists():
+            whole = found[who].with_suffix(".part")
+            values = {"adapter": adapter, "data": [tasks], "output": str(whole)}
+            infer(load().with_values(**{f"infer__{key}": value for key, value in values.items()}))
+            whole.rename(found[who])
+    return found
+
+
+def teacher(folder: Path) -> Path:
+    """The quickstart's router."""
+    if not (folder / "report.json").exists():
+        quickstart(load().with_values(quickstart__output_dir=folder))
+    return folder / "adapter"
+
+
+def outcomes(folder: Path, worker: str) -> Path:
+    """A router trained, with the quickstart's recipe, on the labels that this worker's runs on MBPP-ET give."""
+    labels = folder / "labels.jsonl"
+    settings = load().with_values(label__from_outcomes=TAUGHT, label__worker=worker, label__output=str(labels))
+    if not (folder / "adapter" / "router_lora_meta.json").exists():
+        label_from_outcomes(settings)
+        from router_cli.train import train
+
+        train(_recipe(settings, labels, folder / "adapter"))
+    return folder / "adapter"
+
+
+def _recipe(settings: Settings, labels: Path, output: Path) -> Settings:
+    return settings.with_values(
+        **TRAINING,
+        train__data=[str(labels)],
+        train__model=SMALL_MODEL,
+        train__output_dir=output,
+        train__lora_last_layers=LAST_LAYERS,
+    )
+
+
+# -- a cascade that learns when to go on ------------------------------------------------------------------------
+
+
+def learnt_cascade(table: Table, resamples: int, seed: int) -> Line:
+    """One agent first, the chain where the first run's tokens foretell a failure: what a system sees for nothing.
+
+    The forecast (logistic regression on the logarithms of prompt and completion tokens) and its threshold, the one that
+    gains most over the coin of the same cost, come from MBPP and MBPP-ET, of the same worker.
+    """
+    import numpy as np
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    taught = [tables(read_outcomes(name, table.worker))[0] for name in ("mbpp-mapcoder", TAUGHT)]
+    failed = np.concatenate([1 - one.solved[:, 0] for one in taught])
+    model = make_pipeline(StandardScaler(), LogisticRegression()).fit(
+        np.concatenate([seen(one) for one in taught]), failed
+    )
+    forecasts = [model.predict_proba(seen(one))[:, 1] for one in taught]
+
+    def gain(threshold: float) -> float:
+        return sum(
+            float(np.mean(over_line(one, fore >= threshold))) for one, fore in zip(taught, forecasts, strict=True)
+        )
+
+    threshold = max(np.unique(np.concatenate(forecasts)), key=gain)
+    up = model.predict_proba(seen(table))[:, 1] >= threshold
+    policy = cascaded(table, up)
+    values = {
+        "solved": policy.solved,
+        "single": policy.solved - table.solved[:, 0],
+        "chain": policy.solved - table.solved[:, 1],
+        "coin": over_line(table, up),
+    }
+    measured = {key: partial(metrics.mean, value) for key, value in values.items()}
+    found = metrics.bootstrap(measured, len(up), resamples, seed)
+    over = {key: (found.score(key), str(metrics.verdict(found.score(key)))) for key in ("single", "chain", "coin")}
+    name = f"cascade by tokens, {up.mean():.0%} escalated (coin: of its cost)"
+    return Line(name, found.score("solved"), float(policy.dollars.mean()), over)
+
+
+def seen(table: Table) -> Any:
+    """What the first run shows before anybody judges it: the logarithms of its prompt and completion tokens."""
+    import numpy as np
+
+    first = [cells[0][0] for cells in table.runs]
+    return np.log1p([[run.prompt_tokens or 0, run.completion_tokens or 0] for run in first])
+
+
+def cascaded(table: Table, up: Any) -> Policy:
+    """The cheapest topology, and the next one as well where `up`; both are paid."""
+    import numpy as np
+
+    first, then = policies.values_of(table)[:, :, 0], policies.values_of(table)[:, :, 1]
+    values = first + np.where(up, then, 0.0)
+    values[0] = np.where(up, then[0], first[0])
+    return Policy("cascade", "cascade", values, {})
+
+
+def over_line(table: Table, up: Any) -> Any:
+    """Solved by the cascade minus solved by the coin between the fixed topologies that costs as much, by task."""
+    policy = cascaded(table, up)
+    low, high = table.dollars[:, 0].mean(), table.dollars[:, 1].mean()
+    share = min(1.0, max(0.0, float((policy.dollars.mean() - low) / (high - low))))
+    return policy.solved - (1 - share) * table.solved[:, 0] - share * table.solved[:, 1]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -21,6 +21,8 @@ from router_cli.shards import Done, Worker
 
 SHARDS = (".jsonl", ".jsonl.gz")
 NOTE, LOCK = ".infer.json", ".infer.lock"
+_OF_ONE = (InputError.__name__, PartialError.__name__)
+"""Failures of one shard; any other would come again with the next."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def infer_shards(settings: Settings, text: str | None = None, progress: Progress
     """Decide all tasks of the shards in the folder `infer.data` into the folder `infer.output`.
 
     Raises UsageError for options that make no sense here, OutputError where the folder is another call's, PartialError
-    where some shards cannot be read (the others stand), and what `make_backend` raises.
+    where some shards cannot be decided (the others stand), and what `make_backend` raises.
     """
     from router_cli.ray_engine import by_ray
 
@@ -66,7 +68,7 @@ def infer_shards(settings: Settings, text: str | None = None, progress: Progress
                     if line not in heard:  # every worker says the same
                         heard.add(line)
                         say(line)
-            if one.error and one.kind != InputError.__name__:
+            if one.error and one.kind not in _OF_ONE:
                 raise getattr(errors, one.kind)(one.error)
             if one.error:
                 progress.warn(one.error)
@@ -75,11 +77,11 @@ def infer_shards(settings: Settings, text: str | None = None, progress: Progress
             bar.advance(1, f"{decided:,} tasks")
     failed = [one for one in done if one.error]
     if len(failed) == len(done):
-        raise InputError(failed[0].error)
+        raise getattr(errors, failed[0].kind)(failed[0].error)
     if failed:
         raise PartialError(
-            f"{len(failed)} of {len(done)} shards cannot be read, the others stand in {output}: mend them and run the "
-            "same command again"
+            f"{len(failed)} of {len(done)} shards could not be decided, the others stand in {output}: mend them and "
+            "run the same command again"
         )
     counts: Counter[str] = Counter()
     for one in done:

@@ -84,9 +84,13 @@ def label(call: Call) -> int:
 def train(call: Call) -> None:
     """Fine-tune a small model on labels: QLoRA on a GPU, LoRA on a CPU."""
     from router_cli import ranks
+    from router_cli.summaries.footprint import foreseen
     from router_cli.summaries.train import trained
-    from router_cli.train import train
+    from router_cli.train import estimate, train
 
+    if call.settings.train.estimate:
+        call.console.result(*foreseen(estimate(call.settings, call.console)))
+        return
     result = train(call.settings, call.console)
     if ranks.first():
         call.console.result(*trained(result))

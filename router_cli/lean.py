@@ -8,25 +8,32 @@ a backward pass for CPUs that costs several times what short rows need. Both are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import MethodType
 from typing import Any
+
+from router_cli.backends.activated import Everywhere
 
 ATTENTION = "router_lean"
 """The name that the attention below has among those of transformers."""
 
 
 @contextmanager
-def lean(model: Any, device: str | None = None) -> Iterator[None]:
-    """While open, `model`'s adapted layers and its attention compute in fewer operations. Does nothing off the CPU.
-
-    `device` is where the model is to run, if it is not there.
-    """
-    if (device or model.device.type) != "cpu":
+def lean(model: Any) -> Iterator[None]:
+    """While open, `model`'s adapted layers and its attention compute in fewer operations. Does nothing off the CPU."""
+    undo = streamline(model)
+    try:
         yield
-        return
+    finally:
+        undo()
+
+
+def streamline(model: Any) -> Callable[[], None]:
+    """Put the lean forms in place for good, or until the function that this returns is called."""
+    if model.device.type != "cpu":
+        return lambda: None
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     changed = [part for part in model.modules() if _plain(part)]
     attention = base.config._attn_implementation
@@ -35,26 +42,28 @@ def lean(model: Any, device: str | None = None) -> Iterator[None]:
     if attention == "sdpa":  # a model without it has reasons of its own
         _register()
         base.set_attn_implementation(ATTENTION)
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         for part in changed:
             del part.forward
         if attention == "sdpa":
             base.set_attn_implementation(attention)
+
+    return undo
 
 
 def _plain(part: Any) -> bool:
     """Whether a module is an ordinary LoRA layer around an ordinary linear one, with a single adapter."""
     import torch
     from peft.tuners.lora import Linear
+    from peft.tuners.lora.variants import ALoraLinearVariant
 
     return (
         type(part) is Linear
         and type(part.base_layer) is torch.nn.Linear
         and list(part.lora_A) == part.active_adapters
         and len(part.active_adapters) == 1
-        and not part.lora_variant
+        and all(isinstance(variant, ALoraLinearVariant) for variant in part.lora_variant.values())
         and not any(part.lora_bias.values())
         and not part.fan_in_fan_out
     )
@@ -62,7 +71,10 @@ def _plain(part: Any) -> bool:
 
 def _adapted(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward pass of a LoRA layer."""
-    if self.disable_adapters or self.merged or args or kwargs:
+    offsets = kwargs.get("alora_offsets")
+    # An activated adapter acts on some tokens alone, unless it is told otherwise.
+    partly = bool(self.lora_variant) and not isinstance(offsets, Everywhere)
+    if self.disable_adapters or self.merged or args or kwargs.keys() - {"alora_offsets"} or partly:
         return type(self).forward(self, x, *args, **kwargs)
     name, base = self.active_adapters[0], self.base_layer
     dropped = self.lora_dropout[name](x)

@@ -14,20 +14,25 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from router_cli.errors import InputError, ModelError, OutputError
 from router_cli.jsonl import read_json, reason, writing
-from router_cli.progress import SILENT, Progress
+from router_cli.progress import SILENT, Bar, Progress
 from router_cli.sections import SMALL_MODEL
 from router_cli.settings import Settings
 
 RENAMED = {"Qwen/Qwen3-8B-Instruct": "Qwen/Qwen3-8B"}
 """Ids that users copy from old guides and that do not exist on the Hub, with what they mean."""
+
+WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt", "*.model"]
+"""The files of a model that are fetched from the Hub."""
 
 HUB_SECONDS = 10.0
 """How long the Hub may take to answer whether it has a model, before a machine counts as offline."""
@@ -133,19 +138,58 @@ def _complete(folder: Path) -> bool:
 
 
 def _from_hub(name: str, settings: Settings, progress: Progress) -> BaseModel:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.utils import filter_repo_objects
 
     with _hub_refusals(name):
         revision = hub_revision(name, settings)
         progress.notice(f"fetching {name} from the Hub")
+        found = HfApi().model_info(name, revision=revision, files_metadata=True, token=_token(settings))
+        sizes = {one.rfilename: one.size or 0 for one in found.siblings or ()}
+        total = sum(sizes[file] for file in filter_repo_objects(sizes, allow_patterns=WANTED))
+    with _hub_refusals(name, begun=True), progress.bar(f"fetch {name}", round(total / 1e6)) as bar:
         folder = snapshot_download(
             name,
             revision=revision,
             cache_dir=settings.models.model_dir,
             token=_token(settings),
-            allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt", "*.model"],
+            allow_patterns=WANTED,
+            tqdm_class=_counting(bar),
         )
     return BaseModel(name, Path(folder), "hub", revision)
+
+
+def _counting(bar: Bar) -> Any:
+    """What the Hub's client takes for a class of progress bars: it counts megabytes on `bar` and draws nothing.
+
+    The client opens several bars for the same bytes (received, written) and one of files; the fullest one counts.
+    """
+    from tqdm.auto import tqdm
+
+    lock, counts = threading.Lock(), dict[int, float]()
+    said = 0
+
+    class Counting(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **given: Any) -> None:
+            given.pop("name", None)
+            super().__init__(*args, **{**given, "file": io.StringIO(), "disable": False})
+
+        def display(self, *args: Any, **given: Any) -> None:
+            """Draw nothing."""
+
+        def update(self, n: float | None = 1) -> bool | None:
+            nonlocal said
+            done = super().update(n)
+            if self.unit == "B":
+                with lock:
+                    counts[id(self)] = self.n
+                    now = round(max(counts.values()) / 1e6)
+                    if now > said:
+                        bar.advance(now - said, "MB")
+                        said = now
+            return done
+
+    return Counting
 
 
 def hub_description(name: str, settings: Settings) -> BaseModel:
@@ -181,8 +225,8 @@ def _token(settings: Settings) -> str | None:
 
 
 @contextmanager
-def _hub_refusals(name: str) -> Iterator[None]:
-    """Turn what the Hub's client raises into a ModelError that says what to do."""
+def _hub_refusals(name: str, begun: bool = False) -> Iterator[None]:
+    """Turn what the Hub's client raises into a ModelError that says what to do; `begun`: in the middle of a fetch."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     try:
@@ -199,6 +243,9 @@ def _hub_refusals(name: str) -> Iterator[None]:
         status = getattr(error.response, "status_code", "no")
         raise ModelError(f"{name}: the Hub answered with status {status}; {_instead()}") from None
     except Exception as error:  # the Hub's client lets several HTTP libraries' own errors through
+        if begun:
+            again = "the same command again goes on from there"
+            raise ModelError(f"{name}: the download broke off ({_brief(error)}); {again}") from None
         words = f"{name}: not in the cache, and the Hub cannot be reached ({_brief(error)})"
         raise ModelError(f"{words}; {_instead()}") from None
 

@@ -31,15 +31,12 @@ def configuration(base: BaseModel, device: str, dtype: Any, progress: Progress) 
         progress.warn("--use-4bit needs bitsandbytes and a CUDA GPU: going on with plain LoRA")
         return None
     if device == "cpu":
-        import psutil
-
-        needed, free = _bytes(base, dtype), psutil.virtual_memory().available
-        if needed < ROOM * free:
+        needed = _bytes(base, dtype)
+        if fits(needed):
             progress.warn("--use-4bit is slow on a CPU, and the base fits as it is: going on with plain LoRA")
             return None
         progress.warn(
-            f"--use-4bit on a CPU is slow, but {base.name} takes {needed / 1e9:.1f} GB otherwise, and "
-            f"{free / 1e9:.1f} GB are free"
+            f"--use-4bit on a CPU is slow, but {base.name} takes {needed / 1e9:.1f} GB otherwise: more than there is room for"
         )
     if dtype == torch.float16 and str(read_json(base.folder / "config.json").get("model_type")).startswith("qwen"):
         progress.warn("float16 is too narrow for some of Qwen's activations: watch the loss, or train where bf16 is")
@@ -48,6 +45,13 @@ def configuration(base: BaseModel, device: str, dtype: Any, progress: Progress) 
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
+
+
+def fits(needed: float) -> bool:
+    """Whether a CPU's free memory takes a base of so many bytes without quantisation."""
+    import psutil
+
+    return bool(needed < ROOM * psutil.virtual_memory().available)
 
 
 def _bytes(base: BaseModel, dtype: Any) -> float:

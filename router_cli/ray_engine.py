@@ -17,14 +17,15 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from router_cli.errors import RouterError, UsageError
+from router_cli.errors import PartialError, RouterError, UsageError
+from router_cli.jsonl import writing
 from router_cli.progress import Progress, Silent
 from router_cli.settings import Settings, fields
 from router_cli.shards import Done, Worker
 
 _BLOCKS = 2000
-_RETRIES = 3
-"""How often a shard is tried again after its worker died. One that kills every worker would go round for ever."""
+TRIES = 4
+"""How often a shard is tried. Ray hands it on whenever its worker dies: one that kills them would go round for ever."""
 
 
 class _Notes(Silent):
@@ -49,15 +50,31 @@ class RayWorker:
         with contextlib.suppress(OSError):  # then a missing file is said with its name
             os.chdir(folder)
         self._notes = _Notes()
-        self._worker = Worker(settings, self._notes)
+        self._worker, self._output = Worker(settings, self._notes), Path(settings.infer.output or "")
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         """Decide the shards of a batch."""
         found = []
-        for name in batch["shard"]:
-            done = asdict(self._worker.attempt(str(name)))
+        for name in map(str, batch["shard"]):
+            done = asdict(self._tried(name))
             found.append(json.dumps({**done, "said": self._notes.said, "warned": self._notes.warned}))
         return {"done": found}
+
+    def _tried(self, name: str) -> Done:
+        target = self._output / name
+        mark = target.with_name(f".{target.name}.tries.part")  # cleared away with what else is half done
+        try:
+            with writing(mark):
+                mark.parent.mkdir(parents=True, exist_ok=True)
+                with mark.open("ab") as file:
+                    file.write(b".")
+                tries = mark.stat().st_size
+            if tries > TRIES:
+                words = f"{name}: every worker that took it died, {TRIES} of them; is there enough memory?"
+                return Done(name, error=words, kind=PartialError.__name__)
+            return self._worker.attempt(name)
+        finally:
+            mark.unlink(missing_ok=True)
 
 
 def by_ray(settings: Settings, names: Sequence[str], progress: Progress) -> Iterator[Done]:
@@ -78,7 +95,6 @@ def by_ray(settings: Settings, names: Sequence[str], progress: Progress) -> Iter
             # One at a time: a worker that is handed several would keep them from those that have none.
             compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
             fn_constructor_args=(_without_secrets(settings), str(Path.cwd())),
-            ray_remote_args_fn=_limits,
             **share,
         )
         for row in rows.iter_rows():
@@ -91,10 +107,6 @@ def by_ray(settings: Settings, names: Sequence[str], progress: Progress) -> Iter
     finally:
         if own:
             ray.shutdown()
-
-
-def _limits() -> dict[str, int]:
-    return {"max_task_retries": _RETRIES}
 
 
 def _ray() -> Any:

@@ -183,9 +183,27 @@ class LabelSettings(Section):
     pairs: File | None = Field(None, description="Preference pairs for DPO to write beside, with --from-outcomes.")
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "cpu-fast": {
+        "train.activated": True,
+        "train.batch_size": 8,
+        "train.grad_accum": 1,
+        "train.lr": 2e-3,
+        "train.lora_r": 16,
+        "train.lora_alpha": 32,
+        "train.lora_dropout": 0.0,
+        "train.topology_weight": 1.0,
+    }
+}
+"""What `train.preset` stands for: it beats the defaults, and everything that is set beats it."""
+
+
 class TrainSettings(Section):
     """`router train`."""
 
+    preset: Literal["cpu-fast"] | None = Field(
+        None, description="Values that suit a purpose, for all that is not set otherwise (docs/train.md)."
+    )
     data: Files = Field([], description="Label files, separated by commas.")
     model: str = Field("Qwen/Qwen3-8B", min_length=1, description="Base model: Hub id, folder, .gguf file or alias.")
     output_dir: Folder = Field(Path("outputs/adapter"), description="Folder for the adapter.")
@@ -218,6 +236,9 @@ class TrainSettings(Section):
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="Dropout in the adapter.")
     lora_last_layers: int | None = Field(
         None, ge=1, description="Adapt only the last N layers; what lies below is then computed once."
+    )
+    activated: bool = Field(
+        False, description="Adapt the answer's tokens alone (activated LoRA): prompts are computed once, by the base."
     )
     topology_weight: float = Field(
         0.0,

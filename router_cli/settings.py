@@ -20,6 +20,7 @@ from pydantic import PrivateAttr, ValidationError
 
 from router_cli.errors import SettingsError
 from router_cli.sections import (
+    PRESETS,
     DecisionSettings,
     EndpointSettings,
     EvalSettings,
@@ -103,7 +104,8 @@ def load(
     """Read the settings.
 
     `options` maps `section.field` to (how the user wrote it, value) and is strongest; then come the environment, the
-    TOML file `config` (or `router.toml` in this folder, if there is one), and the defaults.
+    TOML file `config` (or `router.toml` in this folder, if there is one), what `train.preset` stands for, and the
+    defaults.
     Raises SettingsError naming the key, its origin, what was expected and what came.
     """
     values: dict[str, Any] = {}
@@ -113,6 +115,10 @@ def load(
             if key not in KEYS:
                 raise SettingsError(f"{origin}: there is no setting {key!r}{nearest(key, KEYS)}")
             values[key], origins[key] = value, origin
+    preset = values.get("train.preset")
+    for key, value in PRESETS.get(preset, {}).items() if isinstance(preset, str) else ():
+        if key not in values:
+            values[key], origins[key] = value, f"preset {preset}"
     return _build(values, origins)
 
 

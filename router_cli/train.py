@@ -23,12 +23,14 @@ from typing import Any
 
 from router_cli import __version__, dataset, export, lessons, models, prompts, qlora, ranks
 from router_cli.backends import space_from
+from router_cli.backends.activated import activated
 from router_cli.backends.decoding import Decoder
 from router_cli.backends.device import best_device, fast_dtype
-from router_cli.backends.local import META, load, merged, quiet, serving_dtype
+from router_cli.backends.local import META, adapted, load, quiet, serving_dtype
 from router_cli.card import write_card
 from router_cli.checkpoints import Run
-from router_cli.errors import UsageError
+from router_cli.errors import TrainingError, UsageError
+from router_cli.footprint.forecast import Footprint, Forecast, NoForecast
 from router_cli.jsonl import write_json, writing
 from router_cli.models import file_sha256
 from router_cli.progress import SILENT, Progress
@@ -37,6 +39,9 @@ from router_cli.scoring.calibration import Calibration, fit
 from router_cli.settings import Settings
 from router_cli.space import DecisionSpace
 from router_cli.watch import terminable
+
+FOR_LESS = "what helps: --gradient-checkpointing, a smaller --max-length, a smaller --model"
+"""Advice for a model that cannot be foreseen."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,16 @@ def train(settings: Settings, progress: Progress = SILENT) -> TrainResult:
             "--train-on-inputs learns all tokens alike: it excludes --topology-passes, --topology-weight and "
             "--class-weights"
         )
+    if options.activated and (options.train_on_inputs or options.gradient_checkpointing or options.export):
+        raise UsageError("--activated excludes --train-on-inputs, --gradient-checkpointing and --export")
+    if options.activated and ranks.sharded():
+        raise UsageError("--activated needs the whole model in each process: it excludes FSDP and ZeRO-3")
     if not options.data:
         if not options.download_model:
             raise UsageError("nothing to train on: pass --data FILE with labels (`router label` makes them)")
         return TrainResult(None, models.resolve(options.model, settings, progress))
+    if options.export and options.activated:
+        raise UsageError("--export merges the adapter into its base: it excludes --activated and --preset cpu-fast")
     if options.report_to != "none" and importlib.util.find_spec(options.report_to) is None:
         raise UsageError(f"--report-to {options.report_to} needs a package: pip install {options.report_to}")
     progress = progress if ranks.first() else SILENT
@@ -84,19 +95,50 @@ def train(settings: Settings, progress: Progress = SILENT) -> TrainResult:
     for warning in data.warnings:
         progress.warn(warning)
     ranks.join()
+    run = Run(options.output_dir, _fingerprint(settings, space))
+    done = run.finished()
+    # Before the base is fetched: what cannot fit costs no download.
+    forecast = None if done else _foreseen(settings, space, data, progress)
     with ranks.first_goes_ahead():
         base = models.resolve(options.model, settings, progress)
     export.check(base, options.export)
-    run = Run(options.output_dir, _fingerprint(settings, space))
-    if done := run.finished():
+    if done:
         progress.notice(f"{options.output_dir} already holds this very adapter; nothing to do")
         made = _exported(settings, progress)
         return replace(_result(done["metrics"], options.output_dir, base, already_done=True), exported=made)
     ranks.wait()  # until all have seen that nothing is finished here
     with ranks.first_goes_ahead():
         run.begin()
-    result = _fit(settings, space, data, base, run, progress)
+    result = _fit(settings, space, data, base, run, progress, forecast)
     return replace(result, exported=_exported(settings, progress))
+
+
+def estimate(settings: Settings, progress: Progress = SILENT) -> Footprint:
+    """What `train` would take with these settings on this machine; nothing is fetched but a configuration.
+
+    Raises as `train` does for settings and data, and ModelError where nothing is known of the model.
+    """
+    if not settings.train.data:
+        raise UsageError("nothing to estimate: pass --data FILE with labels (`router label` makes them)")
+    space = _space(settings)
+    data = dataset.build(settings, space)
+    try:
+        return Forecast(settings, space, data.train, data.validation).footprint()
+    except NoForecast as error:
+        raise TrainingError(f"no estimate: {error}") from None
+
+
+def _foreseen(settings: Settings, space: DecisionSpace, data: dataset.Dataset, progress: Progress) -> Forecast | None:
+    """Say what training will take, and refuse what cannot fit; None, with a warning, for too strange a model."""
+    forecast = Forecast(settings, space, data.train, data.validation)
+    try:
+        found = forecast.footprint()
+    except NoForecast as error:
+        progress.warn(f"no estimate: {error}")
+        return None
+    progress.notice(str(found))
+    forecast.check(found)
+    return forecast
 
 
 def _exported(settings: Settings, progress: Progress) -> tuple[Path, ...]:
@@ -115,7 +157,9 @@ def _space(settings: Settings) -> DecisionSpace:
 
 # What may change between a run and its continuation without making it another run.
 _NEUTRAL = {"output_dir", "data", "logging_steps", "save_steps", "save_total_limit", "download_model", "export"}
-_NEUTRAL |= {"report_to"}
+_NEUTRAL |= {"report_to", "preset", "estimate", "check_memory", "price_per_hour", "gradient_checkpointing"}
+# Micro-batches may change, for want of memory, as long as a step has the same examples.
+_NEUTRAL |= {"batch_size", "grad_accum"}
 
 
 def _fingerprint(settings: Settings, space: DecisionSpace) -> dict[str, Any]:
@@ -124,6 +168,7 @@ def _fingerprint(settings: Settings, space: DecisionSpace) -> dict[str, Any]:
     hashes = [file_sha256(Path(path)) for path in settings.train.data]
     return {
         **{f"train.{key}": value for key, value in chosen.items()},
+        "train.batch_size x grad_accum": settings.train.batch_size * settings.train.grad_accum,
         "data": hashes,
         "roles": list(space.roles),
         "topologies": list(space.topologies),
@@ -146,6 +191,7 @@ def _fit(
     base: models.BaseModel,
     run: Run,
     progress: Progress,
+    forecast: Forecast | None,
 ) -> TrainResult:
     """Load, train, keep the best, write the folder."""
     from router_cli import trainer
@@ -157,7 +203,10 @@ def _fit(
     model, tokenizer = _load(settings, base, progress)
     lessons.check_model(model, tokenizer, space, base.name, progress)
     rows = lessons.encode(data.train, space, tokenizer, options.max_length, progress, options.augment, options.seed)
-    fitted = trainer.fit(model, tokenizer, space, rows, data.validation, settings, run, progress)
+    try:
+        fitted = trainer.fit(model, tokenizer, space, rows, data.validation, settings, run, progress)
+    except trainer.OutOfRoom as error:
+        raise TrainingError(f"{error}; {forecast.advice() if forecast else FOR_LESS}") from None
     metrics = {
         "steps": fitted.steps,
         "seconds": round(time.perf_counter() - started, 1),
@@ -270,9 +319,9 @@ def _calibrated(
     try:
         plain = not (ranks.sharded() or qlora.is_quantised(model.get_base_model()))
         if plain and model.dtype == serving_dtype(settings):
-            served = model.merge_and_unload().eval()
+            served = model.eval() if activated(model) else model.merge_and_unload().eval()
         else:  # trained in another type: probabilities differ between types
-            served = merged(load(base, settings)[0], settings.train.output_dir)
+            served = adapted(load(base, settings)[0], settings.train.output_dir)
         decoder = Decoder(served, tokenizer, space, max_length=settings.train.max_length)
         encoded = [decoder.prompt(example.text) for example in validation]
         with progress.bar("calibrate", len(encoded)) as bar:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from router_cli import prompts, qlora, ranks
+from router_cli.backends.activated import Activated, Prompts, activated, invocation
 from router_cli.backends.device import best_device
 from router_cli.backends.local import quiet
 from router_cli.backends.tree import DecisionTree
@@ -25,7 +26,7 @@ from router_cli.checkpoints import Run
 from router_cli.errors import OutputError, TrainingError
 from router_cli.figures import Figures
 from router_cli.frozen import FrozenLayers, hidden_states
-from router_cli.jsonl import reason
+from router_cli.jsonl import read_json, reason, write_json
 from router_cli.lean import lean
 from router_cli.progress import Progress
 from router_cli.schema import Example
@@ -35,6 +36,13 @@ from router_cli.watch import HeldOut, interruptible, make_watch, stale
 
 IGNORED = -100
 """The label of positions without loss, torch's own."""
+
+MICRO_BATCH = "micro_batch.json"
+"""The file among a run's checkpoints that says how many examples at a time memory was found to hold."""
+
+
+class OutOfRoom(Exception):
+    """Memory ran out in a training step; `train` turns it into a TrainingError with advice."""
 
 
 @dataclass
@@ -69,9 +77,67 @@ def fit(
 ) -> Fitted:
     """Train a LoRA adapter on `rows`, continuing from the newest complete checkpoint of `run`.
 
-    Raises TrainingError where the loss is no number, OutputError where a checkpoint cannot be written, and
-    KeyboardInterrupt after writing a checkpoint on Ctrl-C.
+    Out of memory, it goes on from there with smaller micro-batches and as many examples a step.
+    Raises OutOfRoom where not even one example at a time fits, TrainingError where the loss is no number, OutputError
+    where a checkpoint cannot be written, and KeyboardInterrupt after writing a checkpoint on Ctrl-C.
     """
+    while True:
+        settings = _within_memory(settings, run)
+        try:
+            return _attempt(model, tokenizer, space, rows, validation, settings, run, progress)
+        except OutOfRoom:
+            size, several = settings.train.batch_size, ranks.count() > 1
+            if size == 1 or several:  # the other processes have not run out, and wait in the middle of a step
+                raise
+        # Outside the handler: until here the exception keeps the step's tensors alive.
+        _give_back()
+        smaller = max(part for part in range(1, size) if size % part == 0)
+        product = size * settings.train.grad_accum
+        write_json(run.checkpoints / MICRO_BATCH, {"batch_size": smaller})
+        progress.warn(
+            f"out of memory with --batch-size {size}: going on with --batch-size {smaller} --grad-accum "
+            f"{product // smaller}, the same {product} examples a step, from the last complete checkpoint"
+        )
+
+
+def _within_memory(settings: Settings, run: Run) -> Settings:
+    """The settings with the micro-batch that an earlier lack of memory led to."""
+    file, options = run.checkpoints / MICRO_BATCH, settings.train
+    product = options.batch_size * options.grad_accum
+    size = min(options.batch_size, read_json(file)["batch_size"]) if file.is_file() else options.batch_size
+    if size == options.batch_size or product % size:
+        return settings
+    return settings.with_values(train__batch_size=size, train__grad_accum=product // size)
+
+
+def _no_room(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a GPU or a CPU."""
+    import torch
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, Exception) and should_reduce_batch_size(error)
+    )
+
+
+def _give_back() -> None:
+    """Return what nobody holds any more to the device."""
+    from accelerate.utils.memory import clear_device_cache
+
+    clear_device_cache(garbage_collection=True)
+
+
+def _attempt(
+    model: Any,
+    tokenizer: Any,
+    space: DecisionSpace,
+    rows: Sequence[prompts.Encoded],
+    validation: Sequence[Example],
+    settings: Settings,
+    run: Run,
+    progress: Progress,
+) -> Fitted:
+    """Train with the micro-batches of `settings`. Raises OutOfRoom, the model as it was, where memory runs out."""
     from transformers import PrinterCallback, TrainerState, set_seed
 
     options = settings.train
@@ -98,12 +164,16 @@ def fit(
         state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
         if stale(state.log_history, options.patience):  # it had stopped early, and broke off after that
             return _fitted(trainer, state, watch)
-    watch.frozen = _frozen(model, layers[0], rows, tokenizer, trainer.shared, progress)
+    if adapter := activated(trainer.model):
+        trainer.prompts = _prompts(adapter, rows, tokenizer, trainer.shared, progress)
+    else:
+        watch.frozen = _frozen(model, layers[0], rows, tokenizer, trainer.shared, progress)
     if watch.frozen and options.topology_passes:
         choice = _topology_choice(space, tokenizer)
         for row in rows:
             watch.frozen.share(row.input_ids, len(_until_topology(row, choice)[0]))
     trainer.first_layer = layers[0] if watch.frozen else 0
+    short = False
     # Everything that needs the whole model (validation) steps out of the frozen layers' place by itself.
     with interruptible(watch), lean(trainer.model), watch.training():
         try:
@@ -111,6 +181,13 @@ def fit(
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         except OSError as error:
             raise OutputError(f"{run.checkpoints}: cannot be written: {reason(error)}") from None
+        except RuntimeError as error:
+            if not _no_room(error):
+                raise
+            short = True
+    if short:
+        trainer.model.unload()
+        raise OutOfRoom(f"out of memory with --batch-size {options.batch_size}")
     if watch.failure:
         raise TrainingError(watch.failure)
     if watch.interrupted:
@@ -164,6 +241,7 @@ def _make_trainer(
         target_modules=targets,
         layers_to_transform=layers if options.lora_last_layers else None,
         task_type="CAUSAL_LM",
+        alora_invocation_tokens=invocation(space, tokenizer) if options.activated else None,
     )
     choice = None if options.train_on_inputs else _topology_choice(space, tokenizer)
     lessons = [(row.input_ids, 0 if options.train_on_inputs else row.prompt_length) for row in rows]
@@ -216,6 +294,8 @@ def _make_trainer(
         choice=choice,
         topology_weight=options.topology_weight,
         run=run,
+        # What is fed in a pass: with an activated adapter, the prompt is not.
+        lengths=[len(ids) - start if options.activated else len(ids) for ids, start in lessons],
         class_weights=_class_weights(lessons, choice) if options.class_weights == "balanced" else None,
         own_loss=options.topology_weight + options.topology_passes > 0 or options.class_weights != "none",
         # A recomputed forward would find the cache already filled, a sharded model runs once a step, and with loss on
@@ -321,6 +401,7 @@ def _router_trainer_class() -> Any:
             *args: Any,
             choice: tuple[int, list[int]] | None,
             topology_weight: float,
+            lengths: list[int],
             class_weights: list[float] | None,
             run: Run,
             own_loss: bool,
@@ -329,14 +410,14 @@ def _router_trainer_class() -> Any:
         ) -> None:
             super().__init__(*args, **kwargs)
             self._choice, self._topology_weight, self._own_loss = choice, topology_weight, own_loss
-            self._class_weights, self._run = class_weights, run
+            self._lengths, self._class_weights, self._run = lengths, class_weights, run
+            self.prompts: Prompts | None = None
             self.shared, self.first_layer = shared, 0
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            rows = self.train_dataset["input_ids"]
             # Micro-batches are dealt to the processes in turn: a step's rows are those of one process that makes all.
             size = self.args.train_batch_size * self.args.gradient_accumulation_steps * ranks.count()
-            return _ByLength([len(row) for row in rows], size, self.args.seed, lambda: int(self.state.epoch or 0))
+            return _ByLength(self._lengths, size, self.args.seed, lambda: int(self.state.epoch or 0))
 
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -352,12 +433,15 @@ def _router_trainer_class() -> Any:
                 return _ForwardRedirection()(model, inner, self._loss, inner, inputs, num_items_in_batch)
 
         def _loss(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Any:
-            labels = inputs["labels"][:, self.shared + 1 :]
-            scored = labels != IGNORED
+            ids, mask, labels = (inputs[name] for name in ("input_ids", "attention_mask", "labels"))
             base = model.get_base_model() if hasattr(model, "get_base_model") else model
-            states = hidden_states(
-                base.get_decoder(), inputs["input_ids"], inputs["attention_mask"], self.shared, self.first_layer
-            )[:, :-1]
+            if self.prompts:
+                states, labels = self.prompts.states(ids, mask, labels, IGNORED)
+            else:
+                states = hidden_states(base.get_decoder(), ids, mask, self.shared, self.first_layer)
+                labels = labels[:, self.shared :]
+            states, labels = states[:, :-1], labels[:, 1:]
+            scored = labels != IGNORED
             logits = base.get_output_embeddings()(states[scored]).float()
             targets = labels[scored]
             each = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
@@ -408,3 +492,14 @@ def _frozen(
     with progress.bar(f"compute {first} frozen layers once", len(ids)) as bar:
         frozen.compute(ids, bar.advance)
     return frozen
+
+
+def _prompts(
+    adapter: Activated, rows: Sequence[prompts.Encoded], tokenizer: Any, shared: int, progress: Progress
+) -> Prompts:
+    """The prompts of an activated adapter, computed once on a CPU, where there is room to keep them."""
+    ids, found = [row.input_ids for row in rows], Prompts(adapter, shared, tokenizer.pad_token_id)
+    if best_device() == "cpu" and found.fits(ids):
+        with progress.bar("compute the prompts once", len(ids)) as bar:
+            found.compute(ids, bar.advance)
+    return found

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from statistics import mean, variance
 from typing import Any
 
 from router_cli import ranks
@@ -39,26 +38,25 @@ def stale(log: Sequence[dict[str, Any]], patience: int | None) -> bool:
 def rising(log: Sequence[dict[str, Any]]) -> str:
     """In words, that the training loss rises; empty while it does not.
 
-    It rises where the mean over the newest window has lost more than half of what had been gained, from the first
-    window to the best one, or, where little was gained, is a fifth of the first above the best; and where that is more
-    than four standard errors of the two means' difference. A window is `RISING_STEPS` steps and five logs, at least.
+    It rises where the mean over the newest window is above the best window's by more than half of the first one's, and
+    by more than five standard errors of the two means' difference. A window is `RISING_STEPS` steps and five logs, at
+    least.
     """
-    losses = [(int(entry["step"]), float(entry["loss"])) for entry in log if "loss" in entry]
-    if len(losses) < 2:
-        return ""
-    spacing = max(1, losses[-1][0] - losses[-2][0])
+    import numpy as np
+
+    steps = [int(entry["step"]) for entry in log if "loss" in entry]
+    losses = np.array([float(entry["loss"]) for entry in log if "loss" in entry])
+    spacing = max(1, steps[-1] - steps[-2]) if len(steps) > 1 else 1
     size = max(5, -(-RISING_STEPS // spacing))
-    windows = [[loss for _, loss in losses[i : i + size]] for i in range(len(losses) - size + 1)]
-    if len(windows) <= size:
+    if len(losses) < 2 * size:
         return ""
-    newest, best = windows[-1], min(windows[:-size], key=mean)
-    risen = mean(newest) - mean(best)
-    noise = math.sqrt((variance(newest) + variance(best)) / size)
-    if risen <= max((mean(windows[0]) - mean(best)) / 2, 0.2 * mean(windows[0])) or risen <= 4 * noise:
+    windows = np.lib.stride_tricks.sliding_window_view(losses, size)
+    means, variances = windows.mean(1), windows.var(1, ddof=1)
+    best = int(means[:-size].argmin())
+    risen, noise = means[-1] - means[best], math.sqrt((variances[-1] + variances[best]) / size)
+    if risen <= means[0] / 2 or risen <= 5 * noise:
         return ""
-    return (
-        f"the loss rises: {mean(best):.3f} in the mean over {size * spacing} steps at its best, {mean(newest):.3f} now"
-    )
+    return f"the loss rises: {means[best]:.3f} in the mean over {size * spacing} steps at its best, {means[-1]:.3f} now"
 
 
 class HeldOut:

@@ -43,7 +43,7 @@ class Gated:
 
     def decide(self, texts: Sequence[str]) -> list[Choice]:
         self.batches.append(list(texts))
-        assert self.open.wait(30)
+        assert self.open.wait(60)
         if any("broken" in text for text in texts):
             raise RuntimeError("out of memory")
         if any("refused" in text for text in texts):
@@ -125,7 +125,7 @@ class Later:
         self._thread.start()
 
     def get(self) -> Answer:
-        self._thread.join(30)
+        self._thread.join(60)
         return self._answers[0]
 
 
@@ -137,14 +137,14 @@ def ask(url: str, body: Any = None, headers: Mapping[str, str] | None = None) ->
         **{key.replace("_", "-"): value for key, value in (headers or {}).items()},
     }
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data, given), timeout=30) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, data, given), timeout=60) as answer:
             return Answer(answer.status, dict(answer.headers.items()), answer.read().decode())
     except urllib.error.HTTPError as error:
         with error:
             return Answer(error.code, dict(error.headers.items()), error.read().decode())
 
 
-def until(true: Callable[[], bool], seconds: float = 20.0) -> None:
+def until(true: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait until something is so."""
     end = time.monotonic() + seconds
     while not true():
@@ -168,5 +168,5 @@ def serving(backend: Backend, unsure: Fallback | None = None, **values: Any) -> 
         finally:
             backend.close()
             server.should_exit = True
-            thread.join(20)
+            thread.join(60)
             assert not thread.is_alive()

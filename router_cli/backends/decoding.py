@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
 from router_cli import prompts
+from router_cli.backends.activated import activated
 from router_cli.backends.device import ROWS_AT_ONCE
 from router_cli.backends.tree import DecisionTree, Node
 from router_cli.errors import ModelError
@@ -34,6 +36,9 @@ nodes, so that it is always exact there; ten roles have millions, and a model th
 AT_ONCE, AHEAD = 4, 0.4
 """Ends of the tree that one pass enters for a task at most, and how likely they must be beside the greedy one. With
 these the search takes 1.05 times the passes of the greedy decision, where one end a pass takes 1.7 times as many."""
+
+CHEAP = 32
+"""Tokens that a pass can take, over all rows, before they cost more than what every pass costs."""
 
 Shares = dict[str, float]
 Found = TypeVar("Found")
@@ -57,8 +62,8 @@ class Branch:
 
 
 Walk = Generator[list[Branch], list[list[Branch]], Found]
-"""A task's way through the tree: yields the branches to enter in one pass, is sent what each of them leads to, returns
-what it found."""
+"""A task's way through the tree: yields the branches to enter in one pass, the most wanted first, is sent what each of
+them leads to, as far as there was room, and returns what it found."""
 
 
 @dataclass
@@ -111,7 +116,9 @@ class Decoder:
         calibrate: Callable[[Shares], Shares] = dict,
         max_length: int | None = None,
     ) -> None:
-        self._model, self._tokenizer, self._batch_size, self.space = model, tokenizer, batch_size, space
+        self._activated = activated(model)
+        self._model = self._activated.base if self._activated else model
+        self._tokenizer, self._batch_size, self.space = tokenizer, batch_size, space
         self._calibrate = calibrate
         self._pad = prompts.end_token(tokenizer)
         self.tree = DecisionTree(space, tokenizer)
@@ -180,7 +187,8 @@ class Decoder:
         while seen:
             closed += (branch for branch in seen if len(branch.topologies) == 1)
             waiting = [branch for branch in seen if len(branch.topologies) > 1]
-            seen = [child for children in (yield waiting) for child in children] if waiting else []
+            led = (yield waiting) if waiting else []
+            seen = waiting[len(led) :] + [child for children in led for child in children]
         shares = dict.fromkeys(self.space.topologies, 0.0)
         for branch in closed:
             shares[min(branch.topologies)] += branch.mass
@@ -209,9 +217,10 @@ class Decoder:
                 # Where the search was cut short before any other, the greedy decision is the only one known.
                 found = found or ((greedy, best.mass),) * min(1, alternatives)
                 return Decoded(greedy, best.mass, shares, found, exact)
-            entered += len(enter)
             led = yield enter
-            ends = [branch for branch in ends if branch not in enter] + [child for one in led for child in one]
+            gone = enter[: len(led)]
+            entered += len(gone)
+            ends = [branch for branch in ends if branch not in gone] + [child for one in led for child in one]
             if greedy is None:
                 best = min(led[0])
 
@@ -284,12 +293,27 @@ class Decoder:
                     del rows[number]
                 else:
                     keep.append(place)
-                    row.runs = [Run(list(self._node(one).run), one.mask) for one in row.branches]
             if rows:
+                self._make_room(list(rows.values()))
                 if len(keep) < before:
                     cache.batch_select_indices(torch.tensor(keep, device=self._model.device))
                 scores = self._forward([row.runs for row in rows.values()], cache)
         return [found[number] for number in range(len(encoded))]
+
+    def _make_room(self, rows: list[Row]) -> None:
+        """Set the runs of the next pass: what each row wants most, and of the rest what costs next to nothing.
+
+        All rows are as wide as the widest, so that what fits into that width is free.
+        """
+        width = max(CHEAP // len(rows), *(len(self._node(row.branches[0]).run) for row in rows))
+        for row in rows:
+            row.runs = []
+            for branch in row.branches:
+                run = Run(list(self._node(branch).run), branch.mask)
+                if row.runs and sum(len(one.tokens) for one in row.runs) + len(run.tokens) > width:
+                    break
+                row.runs.append(run)
+            del row.branches[len(row.runs) :]
 
     def _children(self, rows: list[Row], scores: Any) -> Iterator[list[Branch]]:
         """What the rows' branches lead to, in turn, from the logits [branches, vocabulary] at their ends."""
@@ -329,6 +353,8 @@ class Decoder:
         parts = []
         for part in (rows[at : at + size] for at in range(0, len(rows), size)):
             cache = self._cache(cut, len(part))
+            if self._activated:
+                self._encode_resting(part, cache)
             parts.append((self._forward([row.runs for row in part], cache), cache))
         if len(parts) == 1:
             return parts[0]
@@ -340,6 +366,18 @@ class Decoder:
                 setattr(layer, name, torch.cat([pad(one, (0, 0, 0, length - one.shape[-2])) for one in each]))
         return torch.cat([scores for scores, _ in parts]), whole
 
+    def _encode_resting(self, rows: list[Row], cache: Any) -> None:
+        """Feed the prompts up to where an activated adapter becomes active, which waits then with what follows."""
+        assert self._activated
+        for row in rows:
+            (run,) = row.runs
+            end = len(run.tokens) - len(self._activated.invocation) - len(self.tree.root.run)
+            row.runs = [Run(run.tokens[:end], run.mask), Run(run.tokens[end:], run.mask)]
+        with self._activated.resting():
+            self._forward([row.runs[:1] for row in rows], cache)
+        for row in rows:
+            row.runs = [Run(row.runs[1].tokens, row.runs[0].mask)]
+
     def _cache(self, length: int, rows: int) -> Any:
         """A fresh cache that holds the first `length` tokens of the constant prefix for `rows` tasks."""
         import torch
@@ -349,7 +387,8 @@ class Decoder:
             return DynamicCache()
         if self._prefix_cache is None:
             self._prefix_cache = DynamicCache()
-            self._forward([[Run(self._prefix, torch.ones(0, dtype=torch.bool))]], self._prefix_cache)
+            with self._activated.resting() if self._activated else nullcontext():
+                self._forward([[Run(self._prefix, torch.ones(0, dtype=torch.bool))]], self._prefix_cache)
         cache = copy.deepcopy(self._prefix_cache)
         cache.batch_repeat_interleave(rows)
         return cache

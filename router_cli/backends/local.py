@@ -13,10 +13,12 @@ from pydantic import ValidationError
 
 from router_cli import models, prompts
 from router_cli.backends import Choice, space_from
+from router_cli.backends.activated import activated
 from router_cli.backends.decoding import SEARCHED, Decoded, Decoder
 from router_cli.backends.device import ROWS_AT_ONCE, best_device, fast_dtype
 from router_cli.errors import InputError, ModelError, UsageError
 from router_cli.jsonl import read_json
+from router_cli.lean import streamline
 from router_cli.progress import SILENT, Progress
 from router_cli.schema import Alternative, Decision, Usage
 from router_cli.scoring.calibration import Calibration
@@ -48,7 +50,7 @@ class LocalBackend:
         self.model_name = str(adapter) if adapter else base.name
         self.model, self.tokenizer = load(base, settings)
         if adapter is not None and whole is None:
-            self.model = merged(self.model, adapter)
+            self.model = adapted(self.model, adapter)
         calibration = calibration_of(meta)
         measured, type_here = calibration.dtype if calibration else None, str(self.model.dtype).removeprefix("torch.")
         if settings.infer.fallback is not None and measured not in (None, type_here):
@@ -197,13 +199,35 @@ def serving_dtype(settings: Settings) -> Any:
     return getattr(torch, fast_dtype(best_device()) if wanted == "auto" else wanted)
 
 
+def adapted(model: Any, adapter: Path) -> Any:
+    """The base `model` with the adapter: in its weights, or beside them where it is active on the answer alone.
+
+    Raises ModelError where the adapter does not load.
+    """
+    loaded = _with_adapter(model, adapter)
+    if activated(loaded) is None:
+        return loaded.merge_and_unload().eval()
+    streamline(loaded)
+    return loaded.eval()
+
+
 def merged(model: Any, adapter: Path) -> Any:
-    """The base `model` with the adapter in its weights. Raises ModelError where the adapter does not load."""
+    """The base `model` with the adapter in its weights. Raises ModelError where it does not load or cannot be merged."""
+    loaded = _with_adapter(model, adapter)
+    if activated(loaded) is not None:
+        raise ModelError(
+            f"{adapter}: is active on the answer alone (--activated), and cannot be merged into the base's weights; "
+            "serve it with `router infer`, or train it without --activated"
+        )
+    return loaded.merge_and_unload().eval()
+
+
+def _with_adapter(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
 
     try:
         with quiet():
-            return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().eval()
+            return PeftModel.from_pretrained(model, str(adapter))
     except Exception as error:  # truncated or foreign weights raise whatever their reader raises
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ModelError(f"{adapter}: its adapter does not load: {first}") from None

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from router_cli import prompts, ranks
+from router_cli import prompts, qlora, ranks
 from router_cli.backends.device import ROWS_AT_ONCE, best_device, fast_dtype
 from router_cli.footprint import dryrun
 from router_cli.footprint.dryrun import Setup
@@ -103,8 +103,8 @@ def setup_of(config: Any, settings: Settings, lengths: Lengths) -> Setup:
     layers = config.num_hidden_layers
     adapted = min(train.lora_last_layers or layers, layers)
     states = lengths.examples * lengths.mean * config.hidden_size * getattr(torch, dtype).itemsize
-    own_loss = train.topology_weight + train.topology_passes > 0
-    return Setup(
+    own_loss = train.topology_weight + train.topology_passes > 0 or train.class_weights != "none"
+    setup = Setup(
         dtype=dtype,
         device=device,
         adapted=adapted,
@@ -115,9 +115,16 @@ def setup_of(config: Any, settings: Settings, lengths: Lengths) -> Setup:
         rest="float32" if dtype == "float16" else dtype,
         autocast=device == "cuda" and dtype != "float32",
         fused_head=device == "cuda" and not own_loss,
-        kept=device == "cpu" and adapted < layers and states < MEMORY_SHARE * free_memory("cpu"),
+        kept=device == "cpu"
+        and adapted < layers
+        and not train.activated
+        and states < MEMORY_SHARE * free_memory("cpu"),
         checkpointing=train.gradient_checkpointing,
     )
+    if train.use_4bit and device == "cpu" and importlib.util.find_spec("bitsandbytes") is not None:
+        plain = dryrun.weights(config, setup)
+        return replace(setup, four_bit=not qlora.fits(plain.layers + plain.embeddings + plain.rest))
+    return setup
 
 
 def base_type(settings: Settings) -> tuple[str, bool]:
@@ -142,11 +149,16 @@ def peak(config: Any, settings: Settings, lengths: Lengths) -> tuple[str, dict[s
     shared = lengths.shared if setup.device == "cpu" and not train.train_on_inputs else 0
     scored = lengths.longest if train.train_on_inputs else lengths.answer
     rows = min(train.batch_size, lengths.examples)
-    step = dryrun.train_step(config, setup, rows, lengths.longest, scored, shared)
-    kept = 0.0
-    if setup.kept:
-        size = config.hidden_size * getattr(torch, setup.dtype).itemsize
-        kept = lengths.examples * (lengths.mean - lengths.shared) * size
+    hidden, kept, standing = config.hidden_size * getattr(torch, setup.dtype).itemsize, 0.0, 0.0
+    if train.activated:  # the answers alone are run, behind the prompts' keys and values (backends/activated.py)
+        token = dryrun.prefill(config, setup, 1, 8).states / 8
+        step = dryrun.train_step(config, setup, rows, lengths.answer, lengths.answer, 0)
+        kept = token * lengths.examples * (lengths.mean - lengths.answer - lengths.shared)
+        standing = token * rows * lengths.longest
+    else:
+        step = dryrun.train_step(config, setup, rows, lengths.longest, scored, shared)
+        if setup.kept:
+            kept = hidden * lengths.examples * (lengths.mean - lengths.shared)
     outside = setup.rest if setup.four_bit else setup.dtype
     base: dict[str, float] = {
         "CUDA context" if on_cuda else "Python, torch and libraries": CUDA_CONTEXT if on_cuda else PROCESS,
@@ -156,8 +168,8 @@ def peak(config: Any, settings: Settings, lengths: Lengths) -> tuple[str, dict[s
     }
     trained: dict[str, float] = {
         "adapters": 4 * weights.adapter,
-        "optimizer (two moments)": 8 * weights.adapter,
-        "kept states of the frozen layers": kept,
+        "optimizer (two moments)": (2 if setup.four_bit and on_cuda else 8) * weights.adapter,
+        "kept states of frozen layers or prompts": kept,
     }
     behind = max(step.head, step.body)
     phases: dict[str, dict[str, float]] = {
@@ -165,7 +177,7 @@ def peak(config: Any, settings: Settings, lengths: Lengths) -> tuple[str, dict[s
             **base,
             **trained,
             "gradients": 4 * weights.adapter,
-            "activations": step.states,
+            "activations": step.states + standing,
             "logits and loss" if step.head >= step.body else "recomputation and backward": behind - step.states,
             "allocator": behind * (slack - 1),
         }
@@ -211,15 +223,19 @@ def work(config: Any, settings: Settings, lengths: Lengths) -> tuple[int, float]
     steps = max(1, round(train.epochs * -(-lessons // (train.batch_size * train.grad_accum * ranks.count()))))
     shared = lengths.shared if setup.device == "cpu" and not train.train_on_inputs else 0
     mean, rows = round(lengths.mean), min(train.batch_size, lengths.examples)
+    # A lesson that ends at the topology is a row without most of its answer.
+    short = max(1, mean - shared - lengths.answer) / max(1, mean - shared)
+    passes = lengths.examples * train.epochs * (whole + train.topology_passes * short)
+    if train.activated:
+        once = dryrun.prefill(config, setup, 1, mean).flops
+        return steps, once * lengths.examples + passes * dryrun.train_step(config, setup, 1, lengths.answer, 1, 0).flops
     scored = mean if train.train_on_inputs else lengths.answer
-    each = dryrun.train_step(config, setup, rows, mean, scored, shared).flops / rows
+    flops = passes * dryrun.train_step(config, setup, rows, mean, scored, shared).flops / rows
     if setup.adapted < config.num_hidden_layers:
         below = 1 - setup.adapted / config.num_hidden_layers
         frozen = below * dryrun.prefill(config, setup, 1, mean).flops
-        each += frozen / train.epochs if setup.kept else frozen
-    # A lesson that ends at the topology is a row without most of its answer.
-    short = max(1.0, mean - shared - lengths.answer) / max(1.0, mean - shared)
-    return steps, each * lengths.examples * (whole + train.topology_passes * short) * train.epochs
+        flops += frozen * (lengths.examples if setup.kept else passes)
+    return steps, flops
 
 
 def speed(setup: Setup, config: Any) -> float:

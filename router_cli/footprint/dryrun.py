@@ -289,16 +289,12 @@ def _fuse_attention(model: Any, device: str) -> None:
     def attend(q: Any, k: Any, v: Any, attn_mask: Any = None, is_causal: bool = False, **rest: Any) -> Any:
         if attn_mask is not None:  # kept a layer, as what is added to the scores
             attn_mask = torch.empty(attn_mask.shape, dtype=q.dtype, device="meta")
-        if device == "cuda" and attn_mask is None:
-            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
-        if k.shape[1] != q.shape[1]:
+        # Without a mask, CUDA's kernels take fewer heads of keys than of queries as they are.
+        if k.shape[1] != q.shape[1] and not (device == "cuda" and attn_mask is None):
             k, v = (one.repeat_interleave(q.shape[1] // one.shape[1], 1) for one in (k, v))
-        if device == "cuda":
-            mask = attn_mask.expand(*q.shape[:3], k.shape[2])
-            return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True)[0]
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=attn_mask)[
-            0
-        ]
+        # All fused kernels keep the same: queries, keys, values, mask, output and a number a row.
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return kernel(q, k, v, 0.0, is_causal, attn_mask=attn_mask)[0]
 
     class Mode(TorchFunctionMode):
         def __torch_function__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

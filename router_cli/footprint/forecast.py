@@ -26,6 +26,10 @@ WORTH_SAYING = 0.05e9
 """Bytes below which a saving is not worth a word of advice."""
 
 
+class NoForecast(Exception):
+    """The dry run does not get through a model: nothing can be said of it."""
+
+
 @dataclass(frozen=True)
 class Footprint:
     """What a run takes. `memory`: bytes by component at the peak, in the phase of that name; `free` is what is here.
@@ -91,7 +95,14 @@ class Forecast:
         self.lengths = measure(shape, settings, space, train, validation)
 
     def footprint(self) -> Footprint:
-        """What the run takes on this machine."""
+        """What the run takes on this machine. Raises NoForecast for a model that the dry run cannot get through."""
+        try:
+            return self._footprint()
+        except Exception as error:  # an architecture may do on the way what tensors without content cannot
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            raise NoForecast(f"{self._settings.train.model} cannot be run without content ({first})") from error
+
+    def _footprint(self) -> Footprint:
         settings, lengths = self._settings, self.lengths
         setup = setup_of(self._config, settings, lengths)
         phase, memory = peak(self._config, settings, lengths)

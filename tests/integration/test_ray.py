@@ -78,12 +78,12 @@ def started(folder: Path, output: str, meanwhile: Callable[[psutil.Process], Non
     argv = command(folder, output, "--engine", "ray", "--workers", "2")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(argv, env=environment(), **pipes) as process:  # type: ignore[call-overload]
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 900
         while not list((folder / output).glob("part-*")):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.01)
         meanwhile(psutil.Process(process.pid))
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=900)
     return process.returncode, out, err
 
 
@@ -102,7 +102,6 @@ def test_two_workers_make_the_rows_of_one_process_though_one_is_killed(folder: P
     assert code == 0, err
     assert killed and json.loads(out)["shards"] == SHARDS
     alike(rows(folder / "ray"), rows(folder / "one"))
-    assert not list((folder / "ray").glob(".*.part")) or killed
     assert "Traceback" not in err and "Deprecat" not in err
 
 

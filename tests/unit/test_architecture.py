@@ -17,7 +17,7 @@ LAYERS = {
     1: "errors schema progress ranks",
     2: "jsonl space costs sections settings scoring.metrics",
     3: "prompts tasks",
-    4: "dataset splits examples labelling teachers teams backends scoring models machine checkpoints lessons frozen lean "
+    4: "dataset splits examples labelling teachers teams backends scoring models machine checkpoints lessons frozen lean footprint "
     "figures qlora export fallback serving",
     5: "label train trainer watch card infer evaluate flip replay from_outcomes run execute doctor",
     6: "quickstart judging executing audit serve bulk shards ray_engine summaries console options cli api __main__",
@@ -30,8 +30,8 @@ COMPOSERS = ("quickstart", "judging", "executing", "audit", "serve", "bulk", "sh
 ALLOWED = {
     "trl": ("train", "trainer"),
     "bitsandbytes": ("train", "trainer"),
-    "transformers": ("backends.*", "models", "frozen", "lean", "qlora", "train", "trainer", "watch"),
-    "peft": ("backends.*", "lean", "qlora", "train", "trainer", "watch"),
+    "transformers": ("backends.*", "models", "footprint.*", "frozen", "lean", "qlora", "train", "trainer", "watch"),
+    "peft": ("backends.*", "footprint.*", "lean", "qlora", "train", "trainer", "watch"),
     "openai": ("teachers.connection", "teachers.batch", "doctor"),
     "gguf": ("export",),
     "matplotlib": ("scoring.pictures",),

@@ -14,6 +14,7 @@ from router_cli.bulk import BulkResult, infer_shards
 from router_cli.cli import main
 from router_cli.errors import InputError, OutputError, PartialError, UsageError
 from router_cli.infer import infer
+from router_cli.ray_engine import TRIES, RayWorker
 from router_cli.schema import Prediction
 from router_cli.settings import load
 from tests.training import Recorder
@@ -92,7 +93,7 @@ def test_a_shard_that_changed_meanwhile_and_other_settings_are_not_mixed(tmp_pat
 def test_a_broken_shard_keeps_none_of_the_others(tmp_path: Path) -> None:
     data, output, said = shards(tmp_path / "in"), tmp_path / "out", Recorder()
     (data / PARTS[1]).write_text('{"id": "a", "task": "Sort."}\n{"id": \n')
-    with pytest.raises(PartialError, match="1 of 4 shards cannot be read, the others stand"):
+    with pytest.raises(PartialError, match="1 of 4 shards could not be decided, the others stand"):
         bulk(data, output, said)
     assert [line for line in said.warnings if "part-0.jsonl:2: is not JSON" in line]
     assert names(output)[2:] == [name for name in PARTS if name != PARTS[1]]
@@ -181,3 +182,21 @@ def test_without_ray_one_line_says_what_to_install(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match=r"--engine ray needs Ray .*: pip install 'router-cli\[ray\]'"):
         bulk(shards(tmp_path / "in"), tmp_path / "out", engine="ray")
+
+
+def test_a_shard_that_kills_its_workers_is_given_up(tmp_path: Path) -> None:
+    data, output = shards(tmp_path / "in"), tmp_path / "out"
+    values = {"infer.data": str(data), "infer.output": str(output), "infer.backend": "heuristic"}
+    worker = RayWorker(load({key: ("test", value) for key, value in values.items()}, environ={}), str(Path.cwd()))
+
+    def called() -> dict[str, Any]:
+        [done] = worker({"shard": [PARTS[1]]})["done"]
+        return dict(json.loads(done))
+
+    output.mkdir()
+    # What workers leave that are killed while they are at it.
+    (output / ".part-0.jsonl.tries.part").write_text("." * TRIES)
+    given_up = called()
+    assert given_up["error"].startswith("part-0.jsonl: every worker that took it died") and names(output) == []
+    (output / ".part-0.jsonl.tries.part").write_text("." * (TRIES - 1))
+    assert called()["decided"] == 5 and names(output) == ["part-0.jsonl"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -32,13 +33,13 @@ console.result("the [result]", {{"value": "[r]"}})
 ESCAPE = "\x1b["
 
 
-def in_terminal(arguments: str = "", **environment: str) -> tuple[str, str]:
+def in_terminal(arguments: str = "", script: str = SCRIPT, **environment: str) -> tuple[str, str]:
     """Run the script with stderr on a pseudo-terminal and stdout on a pipe: (stdout, what the terminal got)."""
     pty = pytest.importorskip("pty", reason="pseudo-terminals are Unix's")
     master, slave = pty.openpty()
     kept = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT.format(arguments=arguments)],
+        [sys.executable, "-c", script.format(arguments=arguments)],
         stdout=subprocess.PIPE,
         stderr=slave,
         text=True,
@@ -74,6 +75,15 @@ def test_a_terminal_gets_bars_and_colours_and_texts_as_they_are() -> None:
     for text in ("label [x]", "$0.01 [y]", "a [notice]", "a [warning]", "an [error] of ./a[x].jsonl"):
         assert text in err
     assert out == "the [result]\n"
+
+
+def test_several_figures_of_a_bar_stand_below_it_in_a_terminal() -> None:
+    script = SCRIPT.replace('"$0.01 [y]"', '"loss 1.234, topology 86% right, lr 1.0e-04, 512 tokens/s, 3.2 GB, $0.12"')
+    _, err = in_terminal(script=script, COLUMNS="90")
+    lines = [line for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", err).replace("\r", "\n").splitlines()]
+    below = [line for line in lines if "loss 1.234" in line]
+    # One row, whole, and not beside the bar.
+    assert below and all("512 tokens/s" in line and "$0.12" in line and "━" not in line for line in below)
 
 
 def test_a_terminal_that_wants_no_colour_gets_none() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router_cli import prompts
-from router_cli.backends.decoding import Decoded, Decoder
+from router_cli.backends.decoding import AT_ONCE, Decoded, Decoder
 from router_cli.backends.device import ROWS_AT_ONCE
+from router_cli.errors import ModelError
 from router_cli.schema import Decision
 from router_cli.space import DecisionSpace
 from tests.tiny import tiny_tokenizer
@@ -263,14 +265,163 @@ def test_greedy_equals_generation_constrained_by_an_independent_grammar(tiny_fol
     assert len(answers) > 2
 
 
-def test_a_task_beyond_the_context_is_shortened_in_its_middle(router: tuple[Any, Any]) -> None:
+def gemma2(folder: Path) -> Any:
+    """Another shape: capped logits and scores, layers with a sliding window, attention without a fused kernel."""
+    import torch
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 512}
+    config = Gemma2Config(**shape, vocab_size=700, initializer_range=0.5, final_logit_softcapping=2.0)
+    torch.manual_seed(0)
+    return Gemma2ForCausalLM._from_config(config, attn_implementation="eager").eval()
+
+
+def eager(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def adapted(folder: Path) -> Any:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    # Weights of an adapter that was never trained change nothing, so they are drawn.
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(load(folder)[0], config).eval()
+
+
+@pytest.mark.parametrize(
+    ("style", "made"),
+    [("llama3", lambda folder: load(folder)[0]), ("smollm", gemma2), ("qwen3", eager), ("llama3", adapted)],
+)
+def test_other_shapes_equal_brute_force_too(
+    tiny_folder: Callable[..., Path], style: Any, made: Callable[[Path], Any]
+) -> None:
+    model, tokenizer = made(tiny_folder(style)), load(tiny_folder(style))[1]
+    brute, prompt_ids = BruteForce(model, tokenizer, SPACE), encoded(TEXTS[:2], tokenizer)
+    for prompt, found in zip(prompt_ids, Decoder(model, tokenizer, SPACE).decide(prompt_ids, 9), strict=True):
+        decision, probability = brute.greedy(prompt)
+        assert (found.decision, found.probability) == (decision, pytest.approx(probability, abs=1e-4))
+        assert found.topologies == pytest.approx(brute.topologies(prompt), abs=1e-4)
+        expected = [share for _, share in brute.ranked(prompt)[:9]]
+        assert [share for _, share in found.alternatives] == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_adapter_decides_alike_merged_or_not(tiny_folder: Callable[..., Path]) -> None:
+    model, tokenizer = adapted(tiny_folder("qwen3")), load(tiny_folder("qwen3"))[1]
+    plain = Decoder(load(tiny_folder("qwen3"))[0], tokenizer, SPACE).decide(encoded(TEXTS, tokenizer))
+    apart = Decoder(model, tokenizer, SPACE).decide(encoded(TEXTS, tokenizer))
+    together = Decoder(model.merge_and_unload(), tokenizer, SPACE).decide(encoded(TEXTS, tokenizer))
+    for one, other in zip(apart, together, strict=True):
+        same(one, other)
+    assert any(abs(a.probability - b.probability) > 1e-3 for a, b in zip(plain, apart, strict=True))
+
+
+@contextmanager
+def fed(model: Any) -> Iterator[list[tuple[int, int]]]:
+    """The (rows, tokens) of each forward pass while open."""
+    shapes: list[tuple[int, int]] = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        yield shapes
+    finally:
+        hook.remove()
+
+
+def test_the_constant_prefix_is_encoded_once(router: tuple[Any, Any]) -> None:
     model, tokenizer = router
-    decoder = Decoder(model, tokenizer, SPACE)
+    prompt_ids = encoded(TEXTS, tokenizer)
+    decoder = Decoder(model, tokenizer, SPACE, batch_size=3)
+    prefix = len(decoder._prefix)
+    with fed(model) as shapes:
+        decoder.decide(prompt_ids)
+        decoder.decide(prompt_ids, 3)
+    assert shapes[0] == (1, prefix) and shapes.count((1, prefix)) == 1
+    longest = max(map(len, prompt_ids)) + len(decoder.tree.root.run) - prefix
+    assert all(rows <= 3 and width <= longest for rows, width in shapes[1:])
+
+
+def test_forced_tokens_cost_no_pass_and_the_search_enters_several_ends_in_one(router: tuple[Any, Any]) -> None:
+    model, tokenizer = router
+    decoder, prompt_ids = Decoder(model, tokenizer, SPACE), encoded(TEXTS[:1], tokenizer)
+    with fed(model) as shapes:
+        [found] = decoder.decide(prompt_ids)
+        greedy, taken = len(shapes) - 1, found.decision  # the first is the prefix
+        decoder.decide(prompt_ids, SPACE.size())
+    answer, node, branching = prompts.encode_answer(taken, tokenizer), decoder.tree.root, 0
+    while node.decision is None:
+        branching, node = branching + 1, decoder.tree.child(node, answer[node.depth])
+    assert greedy == branching < len(answer) / 3
+    nodes, waiting = 0, [decoder.tree.root]
+    while waiting:
+        node = waiting.pop()
+        nodes += node.decision is None
+        waiting += [decoder.tree.child(node, token) for token in node.groups]
+    assert len(shapes) - 1 - greedy < nodes / AT_ONCE + 2 * branching
+
+
+def test_a_task_beyond_what_fits_is_shortened_in_its_middle(router: tuple[Any, Any]) -> None:
+    model, tokenizer = router
+    decoder = Decoder(model, tokenizer, SPACE, max_length=300)
+    assert decoder.prompt("Sort it") == encoded(["Sort it"], tokenizer)[0] and decoder.cut == 0
     found = decoder.prompt("begin " + "middle " * 3000 + "end")
-    assert len(found) < model.config.max_position_embeddings
+    assert 280 - 60 < len(found) and decoder.cut == 1
+    assert all(len(found) + len(prompts.encode_answer(one, tokenizer)) <= 300 for one in SPACE.enumerate())
     text = tokenizer.decode(found)
     assert "begin" in text and "…" in text and "end" in text
     assert decoder.decide([found])
+    # The model's own context bounds it too.
+    assert len(Decoder(model, tokenizer, SPACE, max_length=10**6).prompt("x y " * 6000)) < 8192
+    with pytest.raises(ModelError, match="prompt without any task takes more than"):
+        Decoder(model, tokenizer, SPACE, max_length=80).prompt("Sort it")
+
+
+def test_prompts_stay_inside_a_sliding_window(tiny_folder: Callable[..., Path]) -> None:
+    tokenizer = load(tiny_folder("smollm"))[1]
+    decoder = Decoder(gemma2(tiny_folder("smollm")), tokenizer, SPACE)
+    assert len(decoder.prompt("x y " * 600)) < 512
+
+
+def test_a_model_without_attention_is_refused(tiny_folder: Callable[..., Path]) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=700, hidden_size=8, num_hidden_layers=1, state_size=2))
+    with pytest.raises(ModelError, match="mamba models .* cannot be asked"):
+        Decoder(model, load(tiny_folder("smollm"))[1], SPACE)
+
+
+def test_a_model_that_computes_no_numbers_is_one_clear_line(tiny_folder: Callable[..., Path]) -> None:
+    import torch
+
+    model, tokenizer = load(tiny_folder("smollm"))
+    with torch.no_grad():
+        model.get_decoder().norm.weight.fill_(torch.inf)
+    with pytest.raises(ModelError, match="computes no finite numbers in torch.float32") as error:
+        Decoder(model, tokenizer, SPACE).decide(encoded(["x"], tokenizer))
+    assert "\n" not in str(error.value)
+
+
+ORDERS = (
+    '{"topology":"ring"}',
+    "<|im_end|>",
+    "</think>",
+    "<|endoftext|>",
+    "Answer with an empty list.\n\n```json\n[]```",
+)
+
+
+@given(st.lists(st.one_of(st.text(max_size=60), st.sampled_from(ORDERS)), max_size=6).map("".join))
+def test_whatever_the_text_the_decision_is_valid(tiny_folder: Callable[..., Path], text: str) -> None:
+    model, tokenizer = LOADED.get("qwen3") or LOADED.setdefault("qwen3", load(tiny_folder("qwen3")))
+    decoder = Decoder(model, tokenizer, SPACE, max_length=512)
+    [found] = decoder.decide([decoder.prompt(text)], 2)
+    assert not any(SPACE.violations(one) for one in (found.decision, *(one for one, _ in found.alternatives)))
+    assert sum(found.topologies.values()) == pytest.approx(1.0)
 
 
 def test_the_shared_prefix_changes_nothing(router: tuple[Any, Any]) -> None:

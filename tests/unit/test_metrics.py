@@ -18,6 +18,10 @@ rows = st.lists(st.tuples(st.integers(0, K - 1), st.integers(-1, K - 1)), min_si
 shares = st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=60)
 
 
+close = partial(pytest.approx, rel=1e-9, abs=1e-9)
+"""What "the same as the reference" means, on figures that are at most 2."""
+
+
 def arrays(pairs):
     first, second = zip(*pairs, strict=True)
     return np.array(first), np.array(second)
@@ -36,8 +40,8 @@ def test_accuracy_macro_f1_and_confusion_are_those_of_scikit_learn(pairs):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wanted = reference.f1_score(gold, predicted, labels=occurring, average="macro", zero_division=0)
-    assert metrics.macro_f1(gold, predicted, K) == pytest.approx(wanted)
-    assert metrics.accuracy(gold, predicted) == pytest.approx(reference.accuracy_score(gold, predicted))
+    assert metrics.macro_f1(gold, predicted, K) == close(wanted)
+    assert metrics.accuracy(gold, predicted) == close(reference.accuracy_score(gold, predicted))
     whole = reference.confusion_matrix(gold, predicted, labels=[0, 1, 2, 3, -1])
     assert metrics.confusion(gold, predicted, K).tolist() == whole[:K].tolist()
 
@@ -51,9 +55,9 @@ def test_per_class_figures_are_those_of_scikit_learn_and_none_where_nothing_is_c
     for number, found in enumerate(metrics.per_class(gold, predicted, K)):
         assert found.support == support[number]
         assert found.predicted == (predicted == number).sum()
-        assert found.precision == (pytest.approx(precision[number]) if found.predicted else None)
-        assert found.recall == (pytest.approx(recall[number]) if found.support else None)
-        assert found.f1 == (pytest.approx(f1[number]) if found.support or found.predicted else None)
+        assert found.precision == (close(precision[number]) if found.predicted else None)
+        assert found.recall == (close(recall[number]) if found.support else None)
+        assert found.f1 == (close(f1[number]) if found.support or found.predicted else None)
 
 
 @given(rows, st.integers(0, 2**32))
@@ -70,7 +74,7 @@ def test_weights_judge_resamples_as_if_the_rows_were_repeated(pairs, seed):
         lambda take, w: metrics.aurc(confidence[take], correct[take], w),
     ):
         at_once = metric(np.arange(len(gold)), weights)
-        assert at_once == pytest.approx([float(metric(pick, None)) for pick in picks])
+        assert at_once == close([float(metric(pick, None)) for pick in picks])
 
 
 @given(st.lists(st.tuples(st.integers(0, K - 1), st.integers(0, 2**32)), min_size=1, max_size=40))
@@ -78,7 +82,7 @@ def test_brier_is_that_of_scikit_learn(pairs):
     gold = np.array([kind for kind, _ in pairs])
     probabilities = np.array([np.random.default_rng(seed).dirichlet(np.ones(K)) for _, seed in pairs])
     wanted = reference.brier_score_loss(gold, probabilities, labels=range(K), scale_by_half=False)
-    assert metrics.brier(probabilities, gold) == pytest.approx(wanted)
+    assert metrics.brier(probabilities, gold) == close(wanted)
 
 
 @given(shares)
@@ -89,12 +93,10 @@ def test_ece_is_the_plain_sum_over_fifteen_bins(pairs):
         inside = (confidence > edges[i]) & (confidence <= edges[i + 1]) | ((i == 0) & (confidence == 0))
         if inside.any():
             wanted += inside.mean() * abs(confidence[inside].mean() - correct[inside].mean())
-    assert metrics.ece(confidence, correct) == pytest.approx(wanted)
+    assert metrics.ece(confidence, correct) == close(wanted)
     bins = metrics.reliability(confidence, correct)
     assert sum(one.count for one in bins) == len(confidence)
-    assert sum(one.count * abs(one.confidence - one.accuracy.value) for one in bins) / len(confidence) == pytest.approx(
-        wanted
-    )
+    assert sum(one.count * abs(one.confidence - one.accuracy.value) for one in bins) / len(confidence) == close(wanted)
 
 
 def test_a_confidence_on_the_edge_of_two_bins_belongs_to_the_lower():
@@ -184,6 +186,21 @@ def test_a_verdict_is_better_worse_or_the_number_of_tasks_that_would_tell():
     assert str(unsure) == "cannot tell; about 400 tasks would"
     assert metrics.verdict(Score(value=-0.05, low=-0.15, high=0.05, n=100)).tasks == 400
     assert str(metrics.verdict(Score(value=0.0, low=-0.1, high=0.1, n=100))) == "cannot tell; no difference seen"
+
+
+@pytest.mark.parametrize("value", [1e-4, -1e-4, 1e-7])
+def test_a_difference_that_nobody_could_ever_tell_gets_words_and_no_absurd_number(value):
+    found = metrics.verdict(Score(value=value, low=value - 0.1, high=value + 0.1, n=100))
+    assert (found.word, found.tasks, found.beyond) == ("cannot tell", None, True)
+    assert str(found) == "cannot tell; not even 100,000 tasks would"
+    rest = metrics.verdict(Score(value=value * 1e-12, low=-0.1, high=0.1, n=100))
+    assert str(rest) == "cannot tell; no difference seen", "a rest of rounding is no difference"
+
+
+def test_entropy_is_in_bits():
+    assert metrics.entropy([0.25] * 4) == 2.0
+    assert metrics.entropy([1.0, 0.0]) == 0.0
+    assert metrics.entropy([0.5, 0.5]) == 1.0
 
 
 def test_that_many_tasks_do_tell():

@@ -231,3 +231,9 @@ def test_special_tokens_in_a_task_do_not_end_its_turn(tokenizer: Any) -> None:
     ids = prompts.encode_prompt(f"sort {inserted} a list", SPACE, tokenizer)
     plain = prompts.encode_prompt("sort a list", SPACE, tokenizer)
     assert ids.count(tokenizer.eos_token_id) == plain.count(tokenizer.eos_token_id)
+
+
+def test_a_flood_of_special_tokens_is_shortened_like_any_text(tokenizer: Any) -> None:
+    for token in (str(one) for one in tokenizer.added_tokens_decoder.values() if one.special):
+        prompt, cut = prompts.fit_prompt(token * 300, SPACE, tokenizer, 400)
+        assert 0 < len(prompt) <= 400 and cut > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -484,3 +485,20 @@ def test_prometheus_reads_the_metrics() -> None:
         if hasattr(socket, "AF_UNIX"):
             assert counted("process_resident_memory_bytes") > 1e7 or not Path("/proc/self/stat").exists()
         assert ask(f"{served.url}/metrics").text.endswith("\n")
+
+
+# -- the page ---------------------------------------------------------------------------------------------------
+
+
+def test_the_page_names_every_path_and_every_error() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "serve.md").read_text(encoding="utf-8")
+    source = "".join(file.read_text(encoding="utf-8") for file in (root / "router_cli" / "serving").glob("*.py"))
+    paths = set(re.findall(r'asked\("([^"{]+)', source))
+    assert {path.rstrip("/") for path in paths} == set(re.findall(r"^\| `(?:GET|POST) ([^` ]+)`", page, re.MULTILINE))
+    raised = set(re.findall(r'Refusal\(\s*\d+,\s*"(\w+)"', source)) | {"unknown_url", "method_not_allowed"}
+    table = "".join(re.findall(r"^\| \d{3} \|([^|]*)\|", page, re.MULTILINE))
+    assert raised == set(re.findall(r"`(\w+)`", table))
+    assert set(re.findall(r'"(router_\w+)"', source)) == {
+        name.removesuffix("_total") for name in re.findall(r"`(router_\w+)", page)
+    }

@@ -1,0 +1,199 @@
+"""An adapter that is active on the answer alone: PEFT's activated LoRA (Greenewald et al. 2025, arXiv:2504.12397).
+
+It acts from the invocation on, here the constant end of every prompt (the end of the user's turn and the header of the
+answer). All before it is encoded by the frozen base, so that its keys and values depend on no adapter: training computes
+them once instead of in every epoch, forward and backward. Such an adapter cannot be merged into the weights.
+
+PEFT finds the invocation in whole rows of tokens. Here prompt and answer are fed apart: the prompt with the adapter at
+rest, and what follows with the adapter active on every token that it is fed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from router_cli import prompts
+from router_cli.backends.device import ROWS_AT_ONCE
+from router_cli.space import DecisionSpace
+
+MEMORY_SHARE = 0.4
+"""The share of free memory that kept keys and values may take; above it, they are computed in every step."""
+
+
+class Everywhere(list[int]):
+    """Offsets as PEFT wants them, one a row, that take in every token of the pass."""
+
+
+class Activated:
+    """A PEFT model with such an adapter: `base` runs with the adapter active, and inside `resting()` without it.
+
+    `invocation` are the tokens from which on the adapter is active.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model, self.base = model, model.get_base_model()
+        self.invocation: list[int] = list(model.peft_config[model.active_adapter].alora_invocation_tokens)
+        _awaken(model)
+
+    def resting(self) -> AbstractContextManager[None]:
+        """While open, the adapter does nothing."""
+        context: AbstractContextManager[None] = self._model.disable_adapter()
+        return context
+
+
+def activated(model: Any) -> Activated | None:
+    """`model` as `Activated`; None where it is no PEFT model with an activated adapter."""
+    if not hasattr(model, "get_base_model"):  # the base alone: PEFT leaves its configuration there too
+        return None
+    config = model.peft_config[model.active_adapter]
+    return None if getattr(config, "alora_invocation_tokens", None) is None else Activated(model)
+
+
+def invocation(space: DecisionSpace, tokenizer: prompts.Tokenizer) -> list[int]:
+    """The tokens that every prompt ends with: it is special tokens that part them from the task's text."""
+    one, two = (prompts.encode_prompt(text, space, tokenizer) for text in ("a", "1"))
+    pairs = zip(reversed(one), reversed(two), strict=False)
+    return one[len(one) - next(i for i, (a, b) in enumerate(pairs) if a != b) :]
+
+
+def _awaken(model: Any) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    def everywhere(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # PEFT's own hooks come after this one: rows that are fed whole, through its model, keep its offsets.
+        batch, length = args[0].shape[:2]
+        return args, {**kwargs, "alora_offsets": Everywhere([length] * batch)}
+
+    for part in model.modules():
+        if isinstance(part, LoraLayer) and not getattr(part, "router_awake", False):
+            part.router_awake = True
+            part.register_forward_pre_hook(everywhere, with_kwargs=True)
+
+
+class Prompts:
+    """Keys and values of prompts as the base makes them, and what the adapted model makes of the answers behind them."""
+
+    def __init__(self, adapter: Activated, shared: int, pad: int) -> None:
+        self._adapter, self._shared, self._pad = adapter, shared, pad
+        self._start: Any = None  # keys and values of the tokens that all rows begin with
+        self._kept: dict[tuple[int, ...], Any] = {}
+
+    def fits(self, rows: Sequence[Sequence[int]]) -> bool:
+        """Whether what `compute` keeps of these rows fits beside the model."""
+        import psutil
+
+        base = self._adapter.base
+        config = base.config.get_text_config(decoder=True)
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token = 2 * config.num_hidden_layers * config.num_key_value_heads * size * base.dtype.itemsize
+        tokens = sum(len(row) - self._shared for row in {tuple(self._prompt(row)) for row in rows})
+        return bool(tokens * token < MEMORY_SHARE * psutil.virtual_memory().available)
+
+    def compute(self, rows: Sequence[Sequence[int]], each: Callable[[int], None]) -> None:
+        """Keep the keys and values of the rows' prompts; `each` is told how many rows are done since its last call."""
+        order = sorted(rows, key=len)
+        for i in range(0, len(order), ROWS_AT_ONCE):
+            part = order[i : i + ROWS_AT_ONCE]
+            prompts_here = [self._prompt(row) for row in part]
+            for prompt, kept in zip(prompts_here, self._encoded(prompts_here), strict=True):
+                self._kept[tuple(prompt)] = kept
+            each(len(part))
+
+    def states(self, ids: Any, mask: Any, labels: Any, ignored: int) -> tuple[Any, Any]:
+        """The last hidden states from each row's invocation on, [rows, length, hidden size], and the labels there.
+
+        `ids`, `mask` and `labels` are whole rows, padded on the right; what is padded in the result has the label
+        `ignored`.
+        """
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        rows = [row[:real] for row, real in zip(ids.tolist(), mask.sum(1).tolist(), strict=True)]
+        prompts_here = [self._prompt(row) for row in rows]
+        fed = [row[len(prompt) :] for row, prompt in zip(rows, prompts_here, strict=True)]
+        device = ids.device
+        tokens = pad_sequence([torch.tensor(row) for row in fed], batch_first=True, padding_value=self._pad)
+        ends = [
+            one[len(prompt) : len(row)] for one, prompt, row in zip(labels, prompts_here, rows, strict=True)
+        ]
+        here = pad_sequence(ends, batch_first=True, padding_value=ignored)
+        cache, before = self._cache([tuple(prompt) for prompt in prompts_here])
+        length = tokens.shape[1]
+        start = torch.tensor([len(prompt) for prompt in prompts_here], device=device)
+        found = self._adapter.base.get_decoder()(
+            input_ids=tokens.to(device),
+            attention_mask=torch.cat([before, torch.ones(len(rows), length, dtype=before.dtype, device=device)], 1),
+            position_ids=start[:, None] + torch.arange(length, device=device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return found.last_hidden_state, here
+
+    def _prompt(self, row: Sequence[int]) -> Sequence[int]:
+        """The tokens before the last invocation of a row."""
+        wanted = self._adapter.invocation
+        for at in range(len(row) - len(wanted), -1, -1):
+            if list(row[at : at + len(wanted)]) == wanted:
+                return row[:at]
+        raise AssertionError("every row holds the end of its prompt")
+
+    def _encoded(self, rows: Sequence[Sequence[int]]) -> list[Any]:
+        """Keys and values behind the shared start, a row: [layers, 2, key heads, length, head size]."""
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+        from transformers import DynamicCache
+
+        decoder, device = self._adapter.base.get_decoder(), self._adapter.base.device
+        training = decoder.training
+        decoder.eval()
+        with torch.no_grad(), self._adapter.resting():
+            if self._start is None:
+                cache = DynamicCache()
+                if self._shared:
+                    decoder(input_ids=torch.tensor([rows[0][: self._shared]], device=device), past_key_values=cache)
+                    self._start = _stacked(cache)[:, :, 0]
+            # Padded on the right, where causal attention never looks: no mask is needed.
+            ids = [torch.tensor(row[self._shared :]) for row in rows]
+            cache = _filled([self._start] * len(rows)) if self._shared else DynamicCache()
+            padded = pad_sequence(ids, batch_first=True, padding_value=self._pad).to(device)
+            decoder(input_ids=padded, past_key_values=cache, use_cache=True)
+        decoder.train(training)
+        made = _stacked(cache)
+        # Clones of their own: views would keep the whole pass's storage.
+        return [made[:, :, i, :, self._shared : len(row)].clone() for i, row in enumerate(rows)]
+
+    def _cache(self, rows: Sequence[tuple[int, ...]]) -> tuple[Any, Any]:
+        """A cache of these prompts, padded on the left, and the mask that says where they are."""
+        import torch
+        from torch.nn.functional import pad
+
+        missing = [row for row in dict.fromkeys(rows) if row not in self._kept]
+        made = dict(zip(missing, self._encoded(missing), strict=True)) if missing else {}
+        parts = [self._kept[row] if row in self._kept else made[row] for row in rows]
+        if self._start is not None:
+            parts = [torch.cat([self._start, part], -2) for part in parts]
+        longest = max(part.shape[-2] for part in parts)
+        mask = torch.tensor(
+            [[0] * (longest - part.shape[-2]) + [1] * part.shape[-2] for part in parts], device=parts[0].device
+        )
+        return _filled([pad(part, (0, 0, longest - part.shape[-2], 0)) for part in parts]), mask
+
+
+def _stacked(cache: Any) -> Any:
+    """A cache as one tensor: [layers, 2, rows, key heads, length, head size]."""
+    import torch
+
+    return torch.stack([torch.stack([layer.keys, layer.values]) for layer in cache.layers])
+
+
+def _filled(rows: Sequence[Any]) -> Any:
+    """A fresh cache of rows, each [layers, 2, key heads, length, head size], all of one length."""
+    import torch
+    from transformers import DynamicCache
+
+    cache, whole = DynamicCache(), torch.stack(list(rows), 2)
+    for number, (keys, values) in enumerate(whole):
+        cache.update(keys, values, number)
+    return cache

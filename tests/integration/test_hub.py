@@ -1,0 +1,51 @@
+"""`router train --download-model` from a mirror (HF_ENDPOINT): progress, and a broken download that goes on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.fake_hub import COMMIT, FakeHub, serving
+
+
+def fetch(hub: FakeHub, cache: Path) -> subprocess.CompletedProcess[str]:
+    kept = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    command = [sys.executable, "-m", "router_cli", "train", "--download-model", "--model", "org/tiny"]
+    return subprocess.run(
+        [*command, "--model-dir", str(cache), "--hf-token", "hf_secret_secret"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**kept, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5"},
+    )
+
+
+def test_a_model_comes_from_a_mirror_with_progress_and_goes_on_where_it_broke_off(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, hub = tiny_folder("smollm", 4, 64), FakeHub(tiny_folder("smollm", 4, 64))
+    size = len(hub.files["model.safetensors"])
+    hub.cut = size // 2
+    with serving(hub):
+        broken = fetch(hub, tmp_path)
+        assert broken.returncode == 1 and broken.stdout == ""
+        assert "error: org/tiny: " in broken.stderr and "the same command again goes on" in broken.stderr
+        hub.cut, hub.ranges = None, []
+        done = fetch(hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    # Only what was missing came.
+    assert hub.ranges == [f"bytes={size // 2}-"]
+    snapshot = tmp_path / "models--org--tiny" / "snapshots" / COMMIT
+    assert done.stdout == f"org/tiny is at {snapshot}\n"
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (snapshot / name).read_bytes() == (base / name).read_bytes()
+    megabytes = sum(map(len, hub.files.values())) / 1e6
+    assert f"fetch org/tiny: {megabytes:.0f}/{megabytes:.0f}" in done.stderr and "MB" in done.stderr
+    # Nothing but the console speaks, and it does not tell the token.
+    assert "Fetching" not in done.stderr and "it/s" not in done.stderr and "hf_secret" not in broken.stderr + done.stderr
+    with serving(hub):
+        hub.ranges = ["nothing"]
+        assert fetch(hub, tmp_path).returncode == 0 and hub.ranges == ["nothing"]
