@@ -98,8 +98,15 @@ def judged(name: str, table: Table, given: argparse.Namespace, folder: Path) -> 
 
 
 def line(row: PolicyRow, found: Replayed | None = None, name: str = "") -> Line:
-    """A row of a replay; with the replay that judged it as the router, its differences too."""
+    """A row of a replay; with the replay that judged it as the router, all its differences, else that to the first row.
+
+    The first row of a replay without a router is the cheapest topology, which is single in all these tables.
+    """
     over: dict[str, tuple[Score, str]] = {}
+    if found is None and row.solved_difference is not None:
+        told = row.solved_difference.score
+        turned = told.model_copy(update={"value": -told.value, "low": -told.high, "high": -told.low})
+        over["single"] = turned, str(metrics.verdict(turned))
     for kind, other in (("single", "always single"), ("chain", "always chain"), ("coin", "same-mix coin")):
         for one in found.policies if found else ():
             if one.name == other and one.solved_difference:
@@ -218,14 +225,10 @@ def learnt_cascade(table: Table, resamples: int, seed: int) -> Line:
     """
     import numpy as np
     from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
 
     taught = [tables(read_outcomes(name, table.worker))[0] for name in ("mbpp-mapcoder", TAUGHT)]
     failed = np.concatenate([1 - one.solved[:, 0] for one in taught])
-    model = make_pipeline(StandardScaler(), LogisticRegression()).fit(
-        np.concatenate([seen(one) for one in taught]), failed
-    )
+    model = LogisticRegression().fit(np.concatenate([seen(one) for one in taught]), failed)
     forecasts = [model.predict_proba(seen(one))[:, 1] for one in taught]
 
     def gain(threshold: float) -> float:
@@ -250,11 +253,16 @@ def learnt_cascade(table: Table, resamples: int, seed: int) -> Line:
 
 
 def seen(table: Table) -> Any:
-    """What the first run shows before anybody judges it: the logarithms of its prompt and completion tokens."""
+    """What the first run shows before anybody judges it: the logarithms of its prompt and completion tokens.
+
+    Standardised by table: prompts of HumanEval are longer than MBPP's whatever comes of them, and a system that has
+    seen some tasks of its own knows their mean.
+    """
     import numpy as np
 
     first = [cells[0][0] for cells in table.runs]
-    return np.log1p([[run.prompt_tokens or 0, run.completion_tokens or 0] for run in first])
+    logs = np.log1p([[run.prompt_tokens or 0, run.completion_tokens or 0] for run in first])
+    return (logs - logs.mean(axis=0)) / logs.std(axis=0)
 
 
 def cascaded(table: Table, up: Any) -> Policy:

@@ -152,7 +152,7 @@ def write_gguf(file: Path, folder: Path, model: Any, tokenizer: Any, name: str) 
     writer.add_file_type(int(gguf.LlamaFileType[f"{'ALL' if model.dtype == torch.float32 else 'MOSTLY'}_"
                                                 f"{kinds[model.dtype]}"]))  # fmt: skip
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope: dict[str, float] = getattr(config, "rope_parameters", None) or {}
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -162,7 +162,7 @@ def write_gguf(file: Path, folder: Path, model: Any, tokenizer: Any, name: str) 
     writer.add_key_length(head)
     writer.add_value_length(head)
     writer.add_rope_dimension_count(head)
-    writer.add_rope_freq_base(rope.get("rope_theta") or getattr(config, "rope_theta", 10000.0))
+    writer.add_rope_freq_base(rope["rope_theta"] if "rope_theta" in rope else getattr(config, "rope_theta", 10000.0))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     _add_tokenizer(writer, folder, tokenizer, config.vocab_size)

@@ -28,7 +28,7 @@ def hidden_states(decoder: Any, ids: Any, mask: Any, shared: int, first_layer: i
     """
     if shared == 0:
         return decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    cache = _cache(decoder, first_layer)
+    cache = upper_cache(decoder, first_layer)
     decoder(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(ids.shape[0])
     return decoder(
@@ -36,7 +36,8 @@ def hidden_states(decoder: Any, ids: Any, mask: Any, shared: int, first_layer: i
     ).last_hidden_state
 
 
-def _cache(decoder: Any, first_layer: int) -> Any:
+def upper_cache(decoder: Any, first_layer: int) -> Any:
+    """An empty cache of keys and values for a decoder whose layers below `first_layer` stand aside."""
     from transformers import DynamicCache
 
     class Cache(DynamicCache):  # type: ignore[misc]  # transformers is untyped here
@@ -49,6 +50,30 @@ def _cache(decoder: Any, first_layer: int) -> Any:
             return super().get_mask_sizes(query_length, max(layer_idx, first_layer))
 
     return Cache(config=decoder.config)
+
+
+@contextmanager
+def aside(decoder: Any, count: int) -> Iterator[None]:
+    """While open, the lowest `count` layers hand on what they are given."""
+    import torch
+
+    class Aside(torch.nn.Module):
+        def __init__(self, layer: Any) -> None:
+            super().__init__()
+            # Models look at their layers' kind of attention.
+            self.attention_type = getattr(layer, "attention_type", None)
+
+        def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+            return hidden_states
+
+    below = [decoder.layers[i] for i in range(count)]
+    for i, layer in enumerate(below):
+        decoder.layers[i] = Aside(layer)
+    try:
+        yield
+    finally:
+        for i, layer in enumerate(below):
+            decoder.layers[i] = layer
 
 
 class FrozenLayers:
@@ -82,7 +107,7 @@ class FrozenLayers:
         self._decoder.eval()  # the dropout of that last layer would draw from the generator that training draws from
         try:
             with torch.no_grad():
-                start = _cache(self._decoder, 0)
+                start = upper_cache(self._decoder, 0)
                 if self._shared:
                     self._keep([rows[0][: self._shared]], start, caught)
                 order = sorted(rows, key=len)
@@ -118,27 +143,11 @@ class FrozenLayers:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """While open, the model starts at layer `keep_from`, from the kept states of the rows that it is given."""
-        import torch
-
-        class Aside(torch.nn.Module):
-            def __init__(self, layer: Any) -> None:
-                super().__init__()
-                # Models look at their layers' kind of attention.
-                self.attention_type = getattr(layer, "attention_type", None)
-
-            def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-                return hidden_states
-
-        layers = self._decoder.layers
-        below = [layers[i] for i in range(self._keep_from)]
         hook = self._decoder.embed_tokens.register_forward_hook(lambda module, args, output: self._lookup(args[0]))
-        for i, layer in enumerate(below):
-            layers[i] = Aside(layer)
         try:
-            yield
+            with aside(self._decoder, self._keep_from):
+                yield
         finally:
-            for i, layer in enumerate(below):
-                layers[i] = layer
             hook.remove()
 
     def _lookup(self, ids: Any) -> Any:

@@ -169,7 +169,7 @@ def _counting(bar: Bar) -> Any:
     lock, counts = threading.Lock(), dict[int, float]()
     said = 0
 
-    class Counting(tqdm):  # type: ignore[type-arg]
+    class Counting(tqdm):  # type: ignore[misc]  # untyped
         def __init__(self, *args: Any, **given: Any) -> None:
             given.pop("name", None)
             super().__init__(*args, **{**given, "file": io.StringIO(), "disable": False})
@@ -177,7 +177,7 @@ def _counting(bar: Bar) -> Any:
         def display(self, *args: Any, **given: Any) -> None:
             """Draw nothing."""
 
-        def update(self, n: float | None = 1) -> bool | None:
+        def update(self, n: float | None = 1) -> Any:
             nonlocal said
             done = super().update(n)
             if self.unit == "B":

@@ -36,7 +36,7 @@ def configuration(base: BaseModel, device: str, dtype: Any, progress: Progress) 
             progress.warn("--use-4bit is slow on a CPU, and the base fits as it is: going on with plain LoRA")
             return None
         progress.warn(
-            f"--use-4bit on a CPU is slow, but {base.name} takes {needed / 1e9:.1f} GB otherwise: more than there is room for"
+            f"--use-4bit on a CPU is slow, but {base.name} takes {needed / 1e9:.1f} GB otherwise: more than is free"
         )
     if dtype == torch.float16 and str(read_json(base.folder / "config.json").get("model_type")).startswith("qwen"):
         progress.warn("float16 is too narrow for some of Qwen's activations: watch the loss, or train where bf16 is")
@@ -58,7 +58,8 @@ def _bytes(base: BaseModel, dtype: Any) -> float:
     """How much the base's weights take in `dtype`."""
     config = read_json(base.folder / "config.json")
     stored = {"float32": 4}.get(str(config.get("dtype") or config.get("torch_dtype")), 2)
-    return float(sum(file.stat().st_size for file in base.folder.glob("*.safetensors"))) / stored * dtype.itemsize
+    size: float = sum(file.stat().st_size for file in base.folder.glob("*.safetensors")) / stored * dtype.itemsize
+    return size
 
 
 def prepared(model: Any, checkpointing: bool) -> Any:

@@ -94,7 +94,7 @@ def by_ray(settings: Settings, names: Sequence[str], progress: Progress) -> Iter
             batch_size=1,
             # One at a time: a worker that is handed several would keep them from those that have none.
             compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
-            fn_constructor_args=(_without_secrets(settings), str(Path.cwd())),
+            fn_constructor_args=(without_secrets(settings), str(Path.cwd())),
             **share,
         )
         for row in rows.iter_rows():
@@ -154,7 +154,7 @@ def _shares(ray: Any, settings: Settings, shards: int, progress: Progress) -> tu
     return workers, {"num_cpus": max(1, min(cpus // workers, smallest))}
 
 
-def _without_secrets(settings: Settings) -> Settings:
+def without_secrets(settings: Settings) -> Settings:
     """The settings as they may travel; workers find their machine's own Hub token."""
     held = [key for key, _ in fields() if isinstance(_value(settings, key), SecretStr)]
     return settings.with_values(**{key.replace(".", "__"): None for key in held})

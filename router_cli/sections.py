@@ -192,6 +192,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "train.lora_r": 16,
         "train.lora_alpha": 32,
         "train.lora_dropout": 0.0,
+        "train.lora_last_layers": 10,
         "train.topology_weight": 1.0,
     }
 }

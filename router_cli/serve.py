@@ -40,10 +40,12 @@ BACKLOG = 2048
 
 @dataclass(frozen=True)
 class ServeResult:
-    """What a server did until it was ended: requests answered, refused and cut off by the end; decisions given."""
+    """What a server did until it was ended: requests answered, refused, given up by their clients (`gone`) and cut off
+    by the end; decisions given."""
 
     answered: int
     refused: int
+    gone: int
     cut: int
     decisions: int
     seconds: float
@@ -78,7 +80,9 @@ def serve(settings: Settings, progress: Progress = SILENT, confirm: Confirm | No
             progress.notice(f"{backend.model_name} at {url}, model {settings.serve.name}; Ctrl-C ends it")
             server_of(service, settings).run(sockets=[listening])
     counts = service.metrics
-    return ServeResult(counts.answered, counts.refused, service.cut, counts.given, time.monotonic() - started)
+    return ServeResult(
+        counts.answered, counts.refused, counts.gone, service.cut, counts.given, time.monotonic() - started
+    )
 
 
 def server_of(service: Service, settings: Settings) -> uvicorn.Server:

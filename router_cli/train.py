@@ -85,8 +85,6 @@ def train(settings: Settings, progress: Progress = SILENT) -> TrainResult:
         if not options.download_model:
             raise UsageError("nothing to train on: pass --data FILE with labels (`router label` makes them)")
         return TrainResult(None, models.resolve(options.model, settings, progress))
-    if options.export and options.activated:
-        raise UsageError("--export merges the adapter into its base: it excludes --activated and --preset cpu-fast")
     if options.report_to != "none" and importlib.util.find_spec(options.report_to) is None:
         raise UsageError(f"--report-to {options.report_to} needs a package: pip install {options.report_to}")
     progress = progress if ranks.first() else SILENT
@@ -130,8 +128,8 @@ def estimate(settings: Settings, progress: Progress = SILENT) -> Footprint:
 
 def _foreseen(settings: Settings, space: DecisionSpace, data: dataset.Dataset, progress: Progress) -> Forecast | None:
     """Say what training will take, and refuse what cannot fit; None, with a warning, for too strange a model."""
-    forecast = Forecast(settings, space, data.train, data.validation)
     try:
+        forecast = Forecast(settings, space, data.train, data.validation)
         found = forecast.footprint()
     except NoForecast as error:
         progress.warn(f"no estimate: {error}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from router_cli import prompts, qlora, ranks
-from router_cli.backends.activated import Activated, Prompts, activated, invocation
+from router_cli.backends.activated import Prompts, activated, invocation
 from router_cli.backends.device import best_device
 from router_cli.backends.local import quiet
 from router_cli.backends.tree import DecisionTree
@@ -165,7 +165,9 @@ def _attempt(
         if stale(state.log_history, options.patience):  # it had stopped early, and broke off after that
             return _fitted(trainer, state, watch)
     if adapter := activated(trainer.model):
-        trainer.prompts = _prompts(adapter, rows, tokenizer, trainer.shared, progress)
+        trainer.prompts = Prompts(adapter, trainer.shared, tokenizer.pad_token_id, layers[0])
+        if _computed(trainer.prompts, rows, progress):
+            watch.frozen = trainer.prompts
     else:
         watch.frozen = _frozen(model, layers[0], rows, tokenizer, trainer.shared, progress)
     if watch.frozen and options.topology_passes:
@@ -494,12 +496,11 @@ def _frozen(
     return frozen
 
 
-def _prompts(
-    adapter: Activated, rows: Sequence[prompts.Encoded], tokenizer: Any, shared: int, progress: Progress
-) -> Prompts:
-    """The prompts of an activated adapter, computed once on a CPU, where there is room to keep them."""
-    ids, found = [row.input_ids for row in rows], Prompts(adapter, shared, tokenizer.pad_token_id)
-    if best_device() == "cpu" and found.fits(ids):
-        with progress.bar("compute the prompts once", len(ids)) as bar:
-            found.compute(ids, bar.advance)
-    return found
+def _computed(found: Prompts, rows: Sequence[prompts.Encoded], progress: Progress) -> bool:
+    """Whether the prompts of an activated adapter are computed once: on a CPU, where there is room to keep them."""
+    ids = [row.input_ids for row in rows]
+    if best_device() != "cpu" or not found.fits(ids):
+        return False
+    with progress.bar("compute the prompts once", len(ids)) as bar:
+        found.compute(ids, bar.advance)
+    return True

@@ -2,11 +2,8 @@
 
 At a branch the model's next-token probabilities are renormalised over the branch's valid tokens, so every answer is a
 valid decision by construction, and the probability of a decision is the product over its branches. The topology is
-the first choice of the text: its distribution comes out of the same pass, and is calibrated there.
-
-The decision is that of the likeliest topology, chosen greedily below it. The most likely decisions of all come from a
-best-first search: probability only falls on the way down, so that decisions likelier than every open end are the best.
-A pass enters several ends of the tree at once, because the search will need most of them anyway.
+the first choice of the text: its distribution comes out of the same pass, and is calibrated there. Which way each task
+takes is `search`'s to say.
 
 The constant start of the prompt is encoded once; its keys and values are shared by all tasks. Within a task every token
 is fed once: the ends of the tree share one cache, and a mask shows each of them its own ancestors alone.
@@ -15,55 +12,22 @@ is fed once: the ends of the tree share one cache, and a mask shows each of them
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 from router_cli import prompts
 from router_cli.backends.activated import activated
 from router_cli.backends.device import ROWS_AT_ONCE
-from router_cli.backends.tree import DecisionTree, Node
+from router_cli.backends.search import Branch, Decoded, Found, Search, Shares, Walk
+from router_cli.backends.tree import DecisionTree
 from router_cli.errors import ModelError
 from router_cli.schema import Decision
 from router_cli.space import DecisionSpace
 
-SEARCHED = 400
-"""Ends of the tree that the search for the most likely decisions enters at most. The default space has 205 branching
-nodes, so that it is always exact there; ten roles have millions, and a model that knows nothing would visit all."""
-
-AT_ONCE, AHEAD = 4, 0.4
-"""Ends of the tree that one pass enters for a task at most, and how likely they must be beside the greedy one. With
-these the search takes 1.05 times the passes of the greedy decision, where one end a pass takes 1.7 times as many."""
-
 CHEAP = 32
 """Tokens that a pass can take, over all rows, before they cost more than what every pass costs."""
-
-Shares = dict[str, float]
-Found = TypeVar("Found")
-
-
-@dataclass(eq=False)
-class Branch:
-    """An end of the tree that was seen but not entered: the probability of getting there, and what leads to it.
-
-    `mask` says which places of the row's cache hold the prompt and the branch's ancestors.
-    """
-
-    mass: float
-    parent: Node | None
-    token: int
-    topologies: frozenset[str]
-    mask: Any = None
-
-    def __lt__(self, other: Branch) -> bool:
-        return self.mass > other.mass  # the likeliest is the first
-
-
-Walk = Generator[list[Branch], list[list[Branch]], Found]
-"""A task's way through the tree: yields the branches to enter in one pass, the most wanted first, is sent what each of
-them leads to, as far as there was room, and returns what it found."""
 
 
 @dataclass
@@ -82,21 +46,6 @@ class Row:
     walk: Any
     branches: list[Branch]
     runs: list[Run] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """What one task got: the decision, its own probability, and the distribution over topologies (sums to 1).
-
-    `alternatives` are the most likely decisions of the whole space, the likeliest first, as many as were asked for;
-    `exact` is False where the search for them ended at `SEARCHED`.
-    """
-
-    decision: Decision
-    probability: float
-    topologies: Shares
-    alternatives: tuple[tuple[Decision, float], ...] = ()
-    exact: bool = True
 
 
 class Decoder:
@@ -119,9 +68,9 @@ class Decoder:
         self._activated = activated(model)
         self._model = self._activated.base if self._activated else model
         self._tokenizer, self._batch_size, self.space = tokenizer, batch_size, space
-        self._calibrate = calibrate
         self._pad = prompts.end_token(tokenizer)
         self.tree = DecisionTree(space, tokenizer)
+        self._search = Search(self.tree, calibrate)
         context = _context(model.config)
         self._room = min(context, max_length or context) - self._longest()
         one, two = (prompts.encode_prompt(text, space, tokenizer) for text in ("a", "1"))
@@ -160,100 +109,19 @@ class Decoder:
 
     def decide(self, encoded: Sequence[Sequence[int]], alternatives: int = 0) -> list[Decoded]:
         """Decide for prompts given as token ids (from `prompt`), in their order, each with so many `alternatives`."""
-        return self._run(encoded, lambda: self._decision(alternatives))
+        return self._run(encoded, lambda: self._search.decision(alternatives))
 
     def distributions(self, encoded: Sequence[Sequence[int]]) -> list[Shares]:
         """The distributions over topologies alone of what `decide` would answer: mostly one pass instead of five."""
 
         def walk() -> Walk[Shares]:
-            return (yield from self._topology())[0]
+            return (yield from self._search.topology())[0]
 
         return self._run(encoded, walk)
 
     def topologies(self, encoded: Sequence[Sequence[int]]) -> list[str]:
         """The topologies alone of what `decide` would answer."""
         return [max(shares, key=shares.__getitem__) for shares in self.distributions(encoded)]
-
-    # -- one task's way through the tree ----------------------------------------------------------------------
-
-    def _topology(self) -> Walk[tuple[Shares, list[Branch]]]:
-        """The calibrated distribution over topologies, and the branches below which nothing but one is left.
-
-        The masses of the branches are calibrated alike. Where topologies share their first token, all that are still
-        open are followed until they part.
-        """
-        root = self.tree.root
-        seen, closed = [Branch(1.0, None, 0, root.topologies)], list[Branch]()
-        while seen:
-            closed += (branch for branch in seen if len(branch.topologies) == 1)
-            waiting = [branch for branch in seen if len(branch.topologies) > 1]
-            led = (yield waiting) if waiting else []
-            seen = waiting[len(led) :] + [child for children in led for child in children]
-        shares = dict.fromkeys(self.space.topologies, 0.0)
-        for branch in closed:
-            shares[min(branch.topologies)] += branch.mass
-        # One role alone cannot form a team: what cannot be decided has no share in the calibrated distribution either.
-        reachable = {name: share for name, share in shares.items() if name in root.topologies}
-        calibrated = self._calibrate(reachable) if len(reachable) > 1 else {min(reachable): 1.0}
-        for branch in closed:
-            name = min(branch.topologies)
-            branch.mass *= calibrated[name] / shares[name] if shares[name] else 0.0
-        # Rounding must not make a sure topology more than certain.
-        return {name: min(1.0, calibrated.get(name, 0.0)) for name in shares}, closed
-
-    def _decision(self, alternatives: int) -> Walk[Decoded]:
-        shares, ends = yield from self._topology()
-        chosen = max(shares, key=shares.__getitem__)
-        best, entered = min(branch for branch in ends if chosen in branch.topologies), 0
-        while True:
-            greedy = self._node(best).decision
-            enter = [best] if greedy is None else []
-            if alternatives:
-                room = min(AT_ONCE, SEARCHED - entered) - len(enter)
-                enter += islice(self._wanted(ends, best, alternatives), max(0, room))
-            if not enter:
-                assert greedy is not None  # or it would be entered
-                found, exact = self._listed(ends, alternatives)
-                # Where the search was cut short before any other, the greedy decision is the only one known.
-                found = found or ((greedy, best.mass),) * min(1, alternatives)
-                return Decoded(greedy, best.mass, shares, found, exact)
-            led = yield enter
-            gone = enter[: len(led)]
-            entered += len(gone)
-            ends = [branch for branch in ends if branch not in gone] + [child for one in led for child in one]
-            if greedy is None:
-                best = min(led[0])
-
-    def _wanted(self, ends: list[Branch], best: Branch, alternatives: int) -> Iterator[Branch]:
-        """The ends that may lead to one of the most likely decisions, the likeliest first.
-
-        On the greedy way down only those nearly as likely as that are: most others will turn out to be needless.
-        """
-        ends.sort()
-        least = 0.0 if self._node(best).decision else AHEAD * best.mass
-        finished = 0
-        for branch in ends:
-            if finished == alternatives or branch.mass < least:
-                return
-            if self._node(branch).decision is not None:
-                finished += 1
-            elif branch is not best:
-                yield branch
-
-    def _listed(self, ends: list[Branch], alternatives: int) -> tuple[tuple[tuple[Decision, float], ...], bool]:
-        """The most likely decisions, and whether they are all that were asked for."""
-        found = list[tuple[Decision, float]]()
-        for branch in sorted(ends):
-            if len(found) == alternatives:
-                break
-            leaf = self._node(branch).decision
-            if leaf is None:  # below it there may be likelier ones than all that follow
-                return tuple(found), False
-            found.append((leaf, branch.mass))
-        return tuple(found), True
-
-    def _node(self, branch: Branch) -> Node:
-        return self.tree.root if branch.parent is None else self.tree.child(branch.parent, branch.token)
 
     # -- many tasks at once -----------------------------------------------------------------------------------
 
@@ -305,11 +173,11 @@ class Decoder:
 
         All rows are as wide as the widest, so that what fits into that width is free.
         """
-        width = max(CHEAP // len(rows), *(len(self._node(row.branches[0]).run) for row in rows))
+        width = max(CHEAP // len(rows), *(len(self._search.node(row.branches[0]).run) for row in rows))
         for row in rows:
             row.runs = []
             for branch in row.branches:
-                run = Run(list(self._node(branch).run), branch.mask)
+                run = Run(list(self._search.node(branch).run), branch.mask)
                 if row.runs and sum(len(one.tokens) for one in row.runs) + len(run.tokens) > width:
                     break
                 row.runs.append(run)
@@ -320,7 +188,7 @@ class Decoder:
         import torch
 
         ends = [(branch, run.mask) for row in rows for branch, run in zip(row.branches, row.runs, strict=True)]
-        nodes = [self._node(branch) for branch, _ in ends]
+        nodes = [self._search.node(branch) for branch, _ in ends]
         widest = max(len(node.groups) for node in nodes)
         # Padded with the first token, so that one copy brings all logits that count to the CPU.
         tokens = [[*node.groups, *[next(iter(node.groups))] * (widest - len(node.groups))] for node in nodes]

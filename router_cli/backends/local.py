@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from router_cli import models, prompts
 from router_cli.backends import Choice, space_from
 from router_cli.backends.activated import activated
-from router_cli.backends.decoding import SEARCHED, Decoded, Decoder
+from router_cli.backends.decoding import Decoder
 from router_cli.backends.device import ROWS_AT_ONCE, best_device, fast_dtype
+from router_cli.backends.search import SEARCHED, Decoded
 from router_cli.errors import InputError, ModelError, UsageError
 from router_cli.jsonl import read_json
 from router_cli.lean import streamline
@@ -212,7 +213,7 @@ def adapted(model: Any, adapter: Path) -> Any:
 
 
 def merged(model: Any, adapter: Path) -> Any:
-    """The base `model` with the adapter in its weights. Raises ModelError where it does not load or cannot be merged."""
+    """The base `model` with the adapter in its weights. Raises ModelError where it does not load or cannot merge."""
     loaded = _with_adapter(model, adapter)
     if activated(loaded) is not None:
         raise ModelError(

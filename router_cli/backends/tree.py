@@ -119,16 +119,17 @@ class DecisionTree:
     def _settled_tokens(self, partial: Partial) -> tuple[int, ...]:
         """The tokens that every decision below `partial` begins with (all of them for a finished one)."""
         if partial not in self._settled:
-            samples = [self._tokens(self._completed(child)) for child in self._children(partial)]
+            # Of each choice the first and the last decision below it: tokens may reach across several choices.
+            samples = [self._tokens(self._completed(child, at)) for child in self._children(partial) for at in (0, -1)]
             self._settled[partial] = _common(samples) if samples else self._tokens(partial)
         return self._settled[partial]
 
     def _tokens(self, partial: Partial) -> tuple[int, ...]:
         return tuple(prompts.encode_answer(partial.decision(), self._tokenizer))
 
-    def _completed(self, partial: Partial) -> Partial:
+    def _completed(self, partial: Partial, at: int) -> Partial:
         while children := self._children(partial):
-            partial = children[0]
+            partial = children[at]
         return partial
 
     def _children(self, partial: Partial) -> list[Partial]:

@@ -130,13 +130,11 @@ def setup_of(config: Any, settings: Settings, lengths: Lengths) -> Setup:
 def base_type(settings: Settings) -> tuple[str, bool]:
     """The number type that training holds and computes the base in here, and whether it is quantised to 4 bits."""
     train, device = settings.train, best_device()
-    fast = fast_dtype(device)
-    wanted = fast if settings.models.dtype == "auto" else settings.models.dtype
+    wanted = fast_dtype(device) if settings.models.dtype == "auto" else settings.models.dtype
     if train.bf16 or train.fp16:
-        slow = device == "cpu" and (train.fp16 or fast == "float32")
+        slow = device == "cpu" and (train.fp16 or fast_dtype("cpu") == "float32")
         wanted = "float32" if slow else "bfloat16" if train.bf16 else "float16"
-    four_bit = train.use_4bit and device == "cuda" and importlib.util.find_spec("bitsandbytes") is not None
-    return (fast if four_bit and not (train.bf16 or train.fp16) else wanted), four_bit
+    return wanted, train.use_4bit and device == "cuda" and importlib.util.find_spec("bitsandbytes") is not None
 
 
 def peak(config: Any, settings: Settings, lengths: Lengths) -> tuple[str, dict[str, float]]:
@@ -242,9 +240,10 @@ def speed(setup: Setup, config: Any) -> float:
     """Floating-point operations a second of a product on this device in the base's type, by a probe of milliseconds."""
     import torch
 
-    rows = 256 if setup.device == "cpu" else 4096
-    deep = int(config.hidden_size)
-    wide = min(4 * deep, 16384)
+    # Large enough to be fast, small enough to take milliseconds.
+    rows, most = (128, 1024) if setup.device == "cpu" else (4096, 4096)
+    deep = min(int(config.hidden_size), most)
+    wide = 4 * deep
     dtype = getattr(torch, setup.dtype)
     left = torch.ones(rows, deep, dtype=dtype, device=setup.device)
     right = torch.ones(deep, wide, dtype=dtype, device=setup.device)

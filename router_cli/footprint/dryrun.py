@@ -176,7 +176,7 @@ def _step(config: Any, setup: Setup, rows: int, length: int, scored: int, shared
         masked = shared or rows > 1
         mask = torch.ones(rows, 1, length - shared, length, dtype=torch.bool) if masked else None
         places, answers = (torch.zeros(rows * min(scored, length - shared), dtype=torch.long) for _ in range(2))
-    with lean(model, setup.device), _Alive(model.parameters()) as alive:
+    with lean(_Elsewhere(model, setup.device)), _Alive(model.parameters()) as alive:
         states = hidden_states(base.get_decoder(), ids, mask, shared, 0)
         begun = alive.now
         if setup.fused_head:
@@ -208,6 +208,18 @@ def _prefill(config: Any, setup: Setup, depth: int, rows: int, length: int) -> H
         found = model.get_decoder()(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
         del found
     return Held(alive.now, 0.0, alive.peak, alive.flops)
+
+
+class _Elsewhere:
+    """A model that says it were on another device than it is."""
+
+    def __init__(self, model: Any, device: str) -> None:
+        import torch
+
+        self._model, self.device = model, torch.device(device)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 class _Alive:

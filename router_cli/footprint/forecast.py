@@ -7,7 +7,8 @@ that help.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ WORTH_SAYING = 0.05e9
 
 
 class NoForecast(Exception):
-    """The dry run does not get through a model: nothing can be said of it."""
+    """The dry run does not get through a model: nothing can be said of it. Training may work all the same."""
 
 
 @dataclass(frozen=True)
@@ -85,22 +86,32 @@ def spell(seconds: float) -> str:
 
 
 class Forecast:
-    """The estimate of one run. Raises ModelError where the model's configuration cannot be had."""
+    """The estimate of one run.
+
+    Raises ModelError where the model's configuration cannot be had, and NoForecast, here and in `footprint`, for a model
+    or tokenizer that cannot be tried out like this.
+    """
 
     def __init__(
         self, settings: Settings, space: DecisionSpace, train: Sequence[Example], validation: Sequence[Example]
     ) -> None:
         self._settings, shape = settings, shape_of(settings.train.model, settings)
         self._config, self._source = shape.config, shape.source
-        self.lengths = measure(shape, settings, space, train, validation)
+        with self._guarded():
+            self.lengths = measure(shape, settings, space, train, validation)
 
     def footprint(self) -> Footprint:
-        """What the run takes on this machine. Raises NoForecast for a model that the dry run cannot get through."""
-        try:
+        """What the run takes on this machine."""
+        with self._guarded():
             return self._footprint()
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # an architecture may do on the way what tensors without content cannot
             first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-            raise NoForecast(f"{self._settings.train.model} cannot be run without content ({first})") from error
+            raise NoForecast(f"{self._settings.train.model} cannot be tried out without content ({first})") from error
 
     def _footprint(self) -> Footprint:
         settings, lengths = self._settings, self.lengths

@@ -34,7 +34,7 @@ class Metrics:
         self._dollars = Counter(
             "router_fallback_dollars", "What the fallback's answers cost, where known.", registry=to
         )
-        self.answered = self.refused = self.given = 0
+        self.answered = self.refused = self.gone = self.given = 0
         self._paid = 0.0
 
     def came(self) -> None:
@@ -49,7 +49,8 @@ class Metrics:
         if code:
             self._errors.labels(code).inc()
         self.answered += not code
-        self.refused += bool(code)
+        self.gone += code == "gone"
+        self.refused += code not in ("", "gone", "cut")
 
     def batch(self, size: int, seconds: float) -> None:
         """A batch was decided."""

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 def served(result: ServeResult) -> Shown:
     """What was answered until then."""
     parts = [f"{result.answered:,} requests answered", f"{result.decisions:,} decisions", f"{result.refused:,} refused"]
+    if result.gone:
+        parts.append(f"{result.gone:,} given up by their clients")
     if result.cut:
         parts.append(f"{result.cut:,} cut off by the end")
     return Text(f"{', '.join(parts)}, in {result.seconds:.0f} s"), dataclasses.asdict(result)

@@ -45,7 +45,9 @@ def test_a_model_comes_from_a_mirror_with_progress_and_goes_on_where_it_broke_of
     megabytes = sum(map(len, hub.files.values())) / 1e6
     assert f"fetch org/tiny: {megabytes:.0f}/{megabytes:.0f}" in done.stderr and "MB" in done.stderr
     # Nothing but the console speaks, and it does not tell the token.
-    assert "Fetching" not in done.stderr and "it/s" not in done.stderr and "hf_secret" not in broken.stderr + done.stderr
+    assert (
+        "Fetching" not in done.stderr and "it/s" not in done.stderr and "hf_secret" not in broken.stderr + done.stderr
+    )
     with serving(hub):
         hub.ranges = ["nothing"]
         assert fetch(hub, tmp_path).returncode == 0 and hub.ranges == ["nothing"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from router_cli.bulk import BulkResult, infer_shards
 from router_cli.cli import main
 from router_cli.errors import InputError, OutputError, PartialError, UsageError
 from router_cli.infer import infer
-from router_cli.ray_engine import TRIES, RayWorker
+from router_cli.ray_engine import TRIES, RayWorker, without_secrets
 from router_cli.schema import Prediction
 from router_cli.settings import load
 from tests.training import Recorder
@@ -200,3 +201,11 @@ def test_a_shard_that_kills_its_workers_is_given_up(tmp_path: Path) -> None:
     assert given_up["error"].startswith("part-0.jsonl: every worker that took it died") and names(output) == []
     (output / ".part-0.jsonl.tries.part").write_text("." * (TRIES - 1))
     assert called()["decided"] == 5 and names(output) == ["part-0.jsonl"]
+
+
+def test_secrets_stay_with_the_command() -> None:
+    given = {"endpoint.api_key": "sk-hidden-1", "models.hf_token": "hf-hidden-2", "serve.token": "hidden-3-hidden-3"}
+    settings = load({key: ("test", value) for key, value in given.items()}, environ={})
+    assert b"hidden" in pickle.dumps(settings)
+    assert b"hidden" not in pickle.dumps(without_secrets(settings))
+    assert without_secrets(settings).infer == settings.infer

@@ -80,7 +80,7 @@ def test_a_terminal_gets_bars_and_colours_and_texts_as_they_are() -> None:
 def test_several_figures_of_a_bar_stand_below_it_in_a_terminal() -> None:
     script = SCRIPT.replace('"$0.01 [y]"', '"loss 1.234, topology 86% right, lr 1.0e-04, 512 tokens/s, 3.2 GB, $0.12"')
     _, err = in_terminal(script=script, COLUMNS="90")
-    lines = [line for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", err).replace("\r", "\n").splitlines()]
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", err).replace("\r", "\n").splitlines()
     below = [line for line in lines if "loss 1.234" in line]
     # One row, whole, and not beside the bar.
     assert below and all("512 tokens/s" in line and "$0.12" in line and "━" not in line for line in below)

@@ -151,8 +151,24 @@ def test_what_no_gguf_can_be_written_of_is_refused_before_training(
             {"pretokenizers": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}]},
             "smollm",
         ),
-        ({"pretokenizers": [{"type": "Split", "pattern": {"Regex": list(module._SPLITS)[0]}}, {"type": "ByteLevel"}]}, "qwen2"),
-        ({"pretokenizers": [{"type": "Split", "pattern": {"Regex": list(module._SPLITS)[1]}}, {"type": "ByteLevel"}]}, "llama-bpe"),
+        (
+            {
+                "pretokenizers": [
+                    {"type": "Split", "pattern": {"Regex": next(iter(module._SPLITS))}},
+                    {"type": "ByteLevel"},
+                ]
+            },
+            "qwen2",
+        ),
+        (
+            {
+                "pretokenizers": [
+                    {"type": "Split", "pattern": {"Regex": list(module._SPLITS)[1]}},
+                    {"type": "ByteLevel"},
+                ]
+            },
+            "llama-bpe",
+        ),
     ],
 )
 def test_how_texts_are_split_is_told_by_llama_cpps_own_name(rule: dict[str, Any], name: str, tmp_path: Path) -> None:

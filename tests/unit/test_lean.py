@@ -69,7 +69,7 @@ def test_loss_and_gradients_are_the_ordinary_ones(
 def test_bfloat16_stays_within_its_rounding(tiny_folder: Callable[..., Path]) -> None:
     exact, right = outcome(adapted(tiny_folder("smollm")))
     model = adapted(tiny_folder("smollm"), "bfloat16")
-    ordinary, theirs = outcome(model)
+    _, theirs = outcome(model)
     with lean(model):
         found, mine = outcome(model)
     assert found == pytest.approx(exact, rel=0.02)
@@ -93,7 +93,7 @@ def test_the_model_is_as_before_afterwards(tiny_folder: Callable[..., Path]) -> 
 
 def test_what_is_no_plain_adapter_is_left_alone(tiny_folder: Callable[..., Path]) -> None:
     model = adapted(tiny_folder("smollm"), use_dora=True)
-    expected, right = outcome(model)
+    expected, _ = outcome(model)
     with lean(model):
         assert not any("forward" in vars(part) for part in model.modules())
         assert outcome(model)[0] == pytest.approx(expected, abs=1e-5)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from router_cli import qlora, trainer
+from router_cli import prompts, qlora, trainer
 from router_cli.backends.local import META, LocalBackend
 from router_cli.checkpoints import Run
 from router_cli.dataset import build
@@ -59,8 +59,6 @@ def test_the_base_is_nf4_doubly_quantised_and_the_adapter_float32(
     assert qlora.is_quantised(model) and qlora.compute_dtype(model) == torch.float32
     space = _space(settings)
     data = build(settings, space)
-    from router_cli import prompts
-
     rows = [prompts.encode_example(one.text, one.decision, space, tokenizer, 2048) for one in data.train]
     loop = trainer._make_trainer(model, tokenizer, space, rows, [0, 1], settings, Run(tmp_path / "a", {}))
     trained = {name: part for name, part in loop.model.named_parameters() if part.requires_grad}
@@ -111,7 +109,9 @@ def test_a_cpu_that_has_the_memory_trains_the_plain_base_and_says_so(tiny_folder
     assert said.warnings == ["--use-4bit is slow on a CPU, and the base fits as it is: going on with plain LoRA"]
 
 
-@pytest.mark.parametrize(("style", "dtype", "warned"), [("qwen3", "float16", 1), ("qwen3", "bfloat16", 0), ("llama3", "float16", 0)])
+@pytest.mark.parametrize(
+    ("style", "dtype", "warned"), [("qwen3", "float16", 1), ("qwen3", "bfloat16", 0), ("llama3", "float16", 0)]
+)
 def test_qwen_in_float16_is_warned_about(
     style: str, dtype: str, warned: int, tiny_folder: Tiny, tmp_path: Path
 ) -> None:
@@ -126,14 +126,13 @@ def test_qwen_in_float16_is_warned_about(
 
 def test_float16_keeps_norms_and_embeddings_in_float32(no_room: None, tiny_folder: Tiny, tmp_path: Path) -> None:
     import torch
+    from transformers import AutoModelForCausalLM
 
     kinds = {}
     for dtype in ("float16", "bfloat16"):
-        base = BaseModel("x", tiny_folder("qwen3", 2, 64), "folder")
-        options = {"quantization_config": qlora.configuration(base, "cpu", getattr(torch, dtype), Recorder())}
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=getattr(torch, dtype), **options)
+        base, kind = BaseModel("x", tiny_folder("qwen3", 2, 64), "folder"), getattr(torch, dtype)
+        chosen = qlora.configuration(base, "cpu", kind, Recorder())
+        model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=kind, quantization_config=chosen)
         model = qlora.prepared(model, checkpointing=False)
         kinds[dtype] = {part.dtype for part in model.parameters() if part.dtype != torch.uint8}
         assert not any(part.requires_grad for part in model.parameters())
