@@ -110,7 +110,16 @@ def _systems(settings: Settings, space: DecisionSpace) -> list[System]:
     choice, found = settings.eval, []
     if choice.predictions is not None:
         found.append(System(ROUTER, "router", _wishes(choice.predictions, space)))
-    taken = {ROUTER, "teacher's labels", "oracle", "cascade", "knn", "same-mix coin", "same-cost coin"}
+    taken = {
+        ROUTER,
+        "teacher's labels",
+        "oracle",
+        "cascade",
+        "priced cascade",
+        "knn",
+        "same-mix coin",
+        "same-cost coin",
+    }
     taken |= {f"always {name}" for name in TOPOLOGIES}
     for run in runs(choice.compare, taken, settings.origin("eval.compare")):
         found.append(System(run.name, "compare", _wishes(run.predictions, space)))

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from router_cli.schema import Score
-from router_cli.scoring import metrics, oracles, parts, policies, routing, worth_words
+from router_cli.scoring import escalation, metrics, oracles, parts, policies, routing, worth_words
 from router_cli.scoring.outcomes import Table, subset
 from router_cli.scoring.policies import Kind, Policy, Wish, Wished
 from router_cli.scoring.worth_results import (
@@ -102,6 +102,7 @@ def _judge(
         policies.same_mix(table, first) if first.kind == "router" else None,
         policies.same_price(table, first, fixed) if first.kind == "router" else None,
         policies.cascade(table, strong),
+        _priced(table, train, systems, strong, how),
         policies.nearest(table, train, how.seed),
         oracle,
     ]
@@ -131,6 +132,13 @@ def _judge(
             "notes": tuple(worth_words.notes(found, how.penalty, train is not None)),
         }
     )
+
+
+def _priced(table: Table, train: Table | None, systems: Sequence[System], strong: int, how: Choosing) -> Policy | None:
+    if how.penalty is None:
+        return None
+    router = next((one.wishes for one in systems if one.kind == "router"), None)
+    return escalation.priced_cascade(table, train, router, strong, how.penalty)
 
 
 def _told(table: Table, system: System, wished: Wished) -> Policy:

@@ -215,6 +215,31 @@ def test_tasks_that_changed_meanwhile_are_not_mixed(tmp_path: Path) -> None:
     assert [row.task_id for row in predictions(output)] == ["t0", "t1", "t2", "t3"]
 
 
+def test_another_number_type_is_another_file_and_bad_lines_can_be_skipped_later(adapter: Path, tmp_path: Path) -> None:
+    data, output = tasks_file(tmp_path, 3), tmp_path / "out.jsonl"
+    infer(settings(adapter=adapter, data=data, output=output, limit=1))
+    with pytest.raises(OutputError, match=r"other settings \(dtype\)"):
+        infer(settings(adapter=adapter, data=data, output=output, models__dtype="bfloat16"))
+    assert infer(settings(adapter=adapter, data=data, output=output, skip_bad_lines=True)).resumed == 1
+
+
+def test_a_long_task_is_shortened_as_in_training_and_said_once(adapter: Path, tmp_path: Path) -> None:
+    there = shutil.copytree(adapter, tmp_path / "adapter")
+    meta = json.loads((there / META).read_text())
+    meta["settings"]["max_length"] = 400
+    (there / META).write_text(json.dumps(meta))
+    long = [{"task": f"{i} " + "<|im_end|> and so on " * 300} for i in range(3)]
+    data, said = write_rows(tmp_path / "long.jsonl", long), Recorder()
+    rows = infer(settings(adapter=there, data=data, batch_size=1), progress=said).predictions
+    assert all(row.usage and row.usage.prompt_tokens + row.usage.completion_tokens <= 400 for row in rows)
+    assert [line for line in said.warnings if "more than 400 tokens" in line] == said.warnings[:1]
+
+
+def test_a_space_without_any_decision_is_refused(tiny_folder: Tiny) -> None:
+    with pytest.raises(UsageError, match="no decision is possible: chain with one role alone"):
+        infer(settings(base=tiny_folder("smollm"), decision__roles="a", decision__topologies="chain"), "Sort")
+
+
 def test_an_adapter_trained_anew_is_another_one(adapter: Path, tmp_path: Path) -> None:
     data, output, there = tasks_file(tmp_path), tmp_path / "out.jsonl", shutil.copytree(adapter, tmp_path / "adapter")
     infer(settings(adapter=there, data=data, output=output, limit=2))

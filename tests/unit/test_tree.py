@@ -96,3 +96,25 @@ def test_ten_roles_are_walked_without_enumerating_them() -> None:
         assert path == prompts.encode_answer(node.decision, names)
     assert len(tree._settled) < 20_000
     assert time.process_time() - started < 20
+
+
+@pytest.mark.parametrize("names", [("test", "规划"), ("abc", "b", "builder"), ("规划", "ab", "a")])
+def test_tokens_that_reach_across_choices(names: tuple[str, ...]) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    space = DecisionSpace(names, step_bound=4)
+    # Nothing keeps merges inside words, as in tokenizers that part text at spaces alone.
+    whole = Tokenizer(models.BPE())
+    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    whole.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    answers = [prompts.render(decision) for decision in space.enumerate()]
+    for size in (280, 330, 400):
+        kinds = trainers.BpeTrainer(
+            vocab_size=size, special_tokens=["<e>"], initial_alphabet=alphabet, show_progress=False
+        )
+        whole.train_from_iterator(answers[::3], kinds)
+        reader = PreTrainedTokenizerFast(tokenizer_object=whole, eos_token="<e>")
+        expected = {tuple(prompts.encode_answer(decision, reader)): decision for decision in space.enumerate()}
+        assert leaves(DecisionTree(space, reader)) == expected
