@@ -87,7 +87,9 @@ def prepared(settings: Any) -> tuple[Any, Any, Any, list[Any]]:
     return base, space, AutoTokenizer.from_pretrained(base.folder), dataset.build(settings, space).train
 
 
-def stock_trainer(model: Any, tokenizer: Any, rows: list[dict[str, Any]], options: argparse.Namespace, **more: Any) -> Any:
+def stock_trainer(
+    model: Any, tokenizer: Any, rows: list[dict[str, Any]], options: argparse.Namespace, **more: Any
+) -> Any:
     """TRL as it comes, told what a CPU wants."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -108,6 +110,7 @@ def stock_trainer(model: Any, tokenizer: Any, rows: list[dict[str, Any]], option
         "bf16": False,
         "gradient_checkpointing": False,
         "logging_steps": 10,
+        "completion_only_loss": True,  # rows that come as tokens say where with a mask
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,

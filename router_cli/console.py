@@ -148,7 +148,7 @@ class _Live(Progress):
         """The bars as a table, then a row of figures for each bar that has them."""
         yield self.make_tasks_table(self.tasks)
         for task in self.tasks:
-            if not task.finished and (figures := _several(task.fields["status"])):
+            if figures := _several(task.fields["status"]):
                 row = Table.grid(padding=(0, 3))
                 row.add_row("", *(Text(figure, style="cyan", no_wrap=True) for figure in figures))
                 yield row

@@ -194,6 +194,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "train.lora_dropout": 0.0,
         "train.lora_last_layers": 10,
         "train.topology_weight": 1.0,
+        "train.topology_passes": 1,
     }
 }
 """What `train.preset` stands for: it beats the defaults, and everything that is set beats it."""

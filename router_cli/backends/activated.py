@@ -140,9 +140,7 @@ class Prompts:
         fed = [row[len(prompt) :] for row, prompt in zip(rows, prompts_here, strict=True)]
         device = ids.device
         tokens = pad_sequence([torch.tensor(row) for row in fed], batch_first=True, padding_value=self._pad)
-        ends = [
-            one[len(prompt) : len(row)] for one, prompt, row in zip(labels, prompts_here, rows, strict=True)
-        ]
+        ends = [one[len(prompt) : len(row)] for one, prompt, row in zip(labels, prompts_here, rows, strict=True)]
         here = pad_sequence(ends, batch_first=True, padding_value=ignored)
         inputs = {"input_ids": tokens.to(device)}
         if self._from:

@@ -54,8 +54,6 @@ def measure(
 ) -> Lengths:
     """The lengths of the examples, in the model's own tokens where its tokenizer is here."""
     limit, tokenizer = settings.train.max_length, shape.tokenizer
-    if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
-        tokenizer = None
 
     def one(example: Example) -> tuple[list[int], int]:
         """Token ids, or as many zeros, and the answer's length."""

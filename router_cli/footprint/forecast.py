@@ -88,7 +88,7 @@ def spell(seconds: float) -> str:
 class Forecast:
     """The estimate of one run.
 
-    Raises ModelError where the model's configuration cannot be had, and NoForecast, here and in `footprint`, for a model
+    Raises ModelError where the configuration cannot be had, and NoForecast, here and in `footprint`, for a model
     or tokenizer that cannot be tried out like this.
     """
 

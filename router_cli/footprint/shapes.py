@@ -93,6 +93,8 @@ def _tokenizer(place: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(**place)
+        found = AutoTokenizer.from_pretrained(**place)
+        # Without files it is made all the same, and knows no word.
+        return found if found.chat_template is not None else None
     except Exception:  # training itself says what is wrong with it; here lengths are then counted in characters
         return None

@@ -2,7 +2,7 @@
 
 The choice is among: one agent always; one agent, and the team where the evidence is a failure; each of these with the
 team at once where the router gives one agent less than a threshold; the team always. What is chosen is what costs
-least on the training tasks, unsolved ones included; it is judged on others. `router run --cascade` takes the same knobs.
+least on the training tasks, unsolved ones included; it is judged on others. `router run --cascade` has the same knobs.
 """
 
 from __future__ import annotations

@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +17,7 @@ import pytest
 
 from benchmarks.serve import arrive, gauge, kill, saturate, server, session
 from tests.fake_teacher import Call, FakeTeacher
-from tests.serving import Later, ask, until
+from tests.serving import PATIENCE, Later, ask, until
 from tests.tiny import tiny_model
 
 TOKEN = "a-token-of-20-letters"
@@ -70,7 +68,8 @@ async def _sums(url: str, *names: str) -> list[float]:
 
 def remote(teacher: FakeTeacher, *more: str) -> tuple[list[str], dict[str, str]]:
     """A server whose decisions take as long as the teacher's answers."""
-    options = ["--backend=remote", "--model=m", f"--base-url={teacher.url}", *more]
+    options = ["--backend=remote", "--model=m", f"--base-url={teacher.url}", f"--timeout={PATIENCE}"]
+    options += [f"--time-limit={PATIENCE}", *(more or [f"--drain={PATIENCE}"])]
     return options, {"LLM_API_KEY": "k", "ROUTER_SERVE__TOKEN": TOKEN}
 
 
@@ -83,7 +82,7 @@ def test_a_server_that_is_told_to_end_answers_what_is_in_flight(how: signal.Sign
     answering = threading.Event()
 
     def behave(call: Call) -> None:
-        assert answering.wait(60)
+        assert answering.wait(PATIENCE)
 
     with FakeTeacher(behave=behave) as teacher:
         options, environ = remote(teacher)
@@ -97,33 +96,32 @@ def test_a_server_that_is_told_to_end_answers_what_is_in_flight(how: signal.Sign
             until(lambda: not _listens(url))
             answering.set()
             assert [one.get().status for one in (first, second)] == [200, 200]
-            assert process.wait(60) == 0
+            assert process.wait(PATIENCE) == 0
 
 
 def test_what_hangs_is_cut_off_when_the_time_to_end_is_over() -> None:
-    with FakeTeacher(delay=60) as teacher:
+    with FakeTeacher(delay=PATIENCE) as teacher:
         options, environ = remote(teacher, "--drain=1")
         with server(*options, environ=environ) as (url, process):
             hanging = asked(url, "Sort a list.")
             until(lambda: len(teacher.calls) == 1)
-            started = time.monotonic()
             process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 3 and time.monotonic() - started < 50
-            with pytest.raises(IndexError):  # the connection was closed without an answer
+            assert process.wait(PATIENCE) == 3
+            with pytest.raises(OSError):  # the connection was closed without an answer
                 hanging.get()
 
 
 def _listens(url: str) -> bool:
     try:
         ask(f"{url}/healthz")
-    except urllib.error.URLError:
+    except OSError:
         return False
     return True
 
 
 def _metrics(url: str) -> bytes:
     request = urllib.request.Request(f"{url}/metrics", headers={"Authorization": f"Bearer {TOKEN}"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
         page: bytes = answer.read()
     return page
 
@@ -140,6 +138,6 @@ def test_the_token_is_never_said(tmp_path: Path) -> None:
         line = process.stderr.readline()
         ask(line.split()[2].rstrip(",").removesuffix("/v1") + "/v1/route", {"task": "x"}, {"Authorization": "Bearer x"})
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, err) == (0, "") and TOKEN not in line + out
     assert "0 requests answered, 0 decisions, 1 refused" in out

@@ -232,20 +232,26 @@ def here(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path
 
 
+def ran(block: str) -> dict[str, Any]:
+    """The names of a block of the page, after it ran."""
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(compile(block, str(PAGE), "exec", dont_inherit=True), names)  # this file's annotations are strings
+    return names
+
+
 def test_the_pages_first_lines_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(BLOCKS[0], str(PAGE), "exec"), {"__name__": "page"})
+    ran(BLOCKS[0])
     topology = capsys.readouterr().out.split()[0]
     assert topology in SPACE.topologies and len(BLOCKS[0].strip().splitlines()) == 5
-    exec(compile(BLOCKS[1], str(PAGE), "exec"), {"__name__": "page"})
+    ran(BLOCKS[1])
     assert len(json.loads(capsys.readouterr().out.replace("'", '"'))) == 2
 
 
 def framework(block: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The names of a block, after it ran with a worker that finishes at once."""
-    names: dict[str, Any] = {"__name__": "page"}
     with FakeTeacher(behave=Worker()) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        exec(compile(block, str(PAGE), "exec"), names)
+        names = ran(block)
         assert server.calls
     return names
 

@@ -13,7 +13,7 @@ from router_cli.scoring.worth import Choosing, System, weigh
 
 
 def world(count: int, honest: bool = True, seed: int = 1) -> tuple[Table, dict[str, Wish]]:
-    """Half of the tasks need the chain. The evidence says so (or nothing), and the router is right four times of five."""
+    """Half of the tasks need the chain. The evidence says so (or nothing); the router is right four times of five."""
     rng = np.random.default_rng(seed)
     hard = rng.random(count) < 0.5
     rows, wishes, splits = [], {}, {}

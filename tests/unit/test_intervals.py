@@ -72,7 +72,7 @@ def test_the_ece_of_a_calibrated_router_may_be_nothing_and_of_one_that_is_far_of
     rng = np.random.default_rng(3)
     sure = rng.uniform(0.4, 0.9, 300)
     calm = metrics.ece_interval(sure, (rng.random(300) < sure).astype(float))
-    assert calm.low == 0 and calm.high < calm.value, "measured too high, as on few tasks it always is"
+    assert calm.low == 0 < calm.high < 0.1, "on so few tasks it measures .05 by chance alone"
     wrong = metrics.ece_interval(sure, (rng.random(300) < sure - 0.3).astype(float))
     assert 0.2 < wrong.low < 0.3 < wrong.high < 0.4
     assert metrics.ece_interval(np.ones(40), np.ones(40)) == metrics.Score(value=0, low=0, high=0, n=40)

@@ -56,7 +56,8 @@ def test_an_estimate_sends_nothing_and_writes_nothing(tmp_path: Path) -> None:
 
 def test_of_very_many_tasks_a_part_stands_for_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "tasks.jsonl"
-    write_tasks(data, [{"task": f"Sort list {i}, " + "then reverse it, " * (i % 7 + 20 * (i >= 40))} for i in range(240)])
+    texts = [f"Sort list {i}, " + "then reverse it, " * (i % 7 + 20 * (i >= 40)) for i in range(240)]
+    write_tasks(data, [{"task": text} for text in texts])
     whole = estimate(settings(data, "http://127.0.0.1:9/v1"))
     monkeypatch.setattr("router_cli.labelling.estimate.COUNTED_ALL", 40)
     monkeypatch.setattr("router_cli.labelling.estimate.EVERY", 5)
