@@ -15,9 +15,9 @@ options: `--examples 48 --epochs 1` takes minutes. `--stock-steps N` runs stock 
 table says so and has no score for it.
 
 With a CUDA GPU (`--gpu`): the shape of Qwen3-8B with random weights in NF4, rows of 250 and of 1,024 tokens: the plain
-recipe of the old guide (batch 1, accumulation 8, checkpointing, torch's AdamW) against this project's trainer; samples a
-second, peak memory, model-FLOPs utilisation (6 FLOP a weight and token are 4 with a frozen base: forward, and the
-gradient of the activations; recomputation is not counted as useful).
+recipe of the old guide (batch 1, accumulation 8, checkpointing, torch's AdamW) against this project's trainer; samples
+a second, peak memory, model-FLOPs utilisation (6 FLOP a weight and token are 4 with a frozen base: forward, and the
+gradient of the activations; recomputation is not counted as useful). Written where no GPU was: untried.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Metrics:
             self._errors.labels(code).inc()
         self.answered += not code
         self.gone += code == "gone"
-        self.refused += code not in ("", "gone", "cut")
+        self.refused += code not in ("", "gone", "shutting_down")
 
     def batch(self, size: int, seconds: float) -> None:
         """A batch was decided."""

@@ -223,12 +223,11 @@ class Worker:
 
 
 @pytest.fixture
-def here(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in which the page's own paths hold."""
-    shutil.copytree(adapter, tmp_path / "outputs" / "quickstart" / "adapter")
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to run the page in. What a team is made of is the same whoever decides."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", "k")
-    monkeypatch.setenv("ROUTER_MODELS__DTYPE", "float32")
+    monkeypatch.setenv("ROUTER_INFER__BACKEND", "heuristic")
     return tmp_path
 
 
@@ -239,7 +238,11 @@ def ran(block: str) -> dict[str, Any]:
     return names
 
 
-def test_the_pages_first_lines_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_pages_first_lines_run(
+    adapter: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(adapter, here / "outputs" / "quickstart" / "adapter")
+    monkeypatch.setenv("ROUTER_INFER__BACKEND", "local")
     ran(BLOCKS[0])
     topology = capsys.readouterr().out.split()[0]
     assert topology in SPACE.topologies and len(BLOCKS[0].strip().splitlines()) == 5
@@ -247,7 +250,7 @@ def test_the_pages_first_lines_run(here: Path, capsys: pytest.CaptureFixture[str
     assert len(json.loads(capsys.readouterr().out.replace("'", '"'))) == 2
 
 
-def framework(block: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def framework(block: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The names of a block, after it ran with a worker that finishes at once."""
     with FakeTeacher(behave=Worker()) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
@@ -270,7 +273,7 @@ def test_a_decision_becomes_a_langgraph_team(
     topology: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("langgraph", reason="an example of docs/python.md is for LangGraph")
-    names = framework(BLOCKS[2], here, monkeypatch)
+    names = framework(BLOCKS[2], monkeypatch)
     assert capsys.readouterr().out.endswith("'s result\n")
     onward, spoken = SPOKEN[topology]
     worker = Worker(*onward)
@@ -288,7 +291,7 @@ def test_a_decision_becomes_an_agents_team(
     topology: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("agents", reason="an example of docs/python.md is for OpenAI Agents")
-    names = framework(BLOCKS[3], here, monkeypatch)
+    names = framework(BLOCKS[3], monkeypatch)
     assert capsys.readouterr().out.endswith("'s result\n")
     onward, spoken = SPOKEN[topology]
     worker = Worker(*onward)
