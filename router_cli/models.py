@@ -244,7 +244,7 @@ def _hub_refusals(name: str, begun: bool = False) -> Iterator[None]:
         raise ModelError(f"{name}: the Hub answered with status {status}; {_instead()}") from None
     except Exception as error:  # the Hub's client lets several HTTP libraries' own errors through
         if begun:
-            again = "the same command again goes on from there"
+            again = "the same command again fetches what is missing"
             raise ModelError(f"{name}: the download broke off ({_brief(error)}); {again}") from None
         words = f"{name}: not in the cache, and the Hub cannot be reached ({_brief(error)})"
         raise ModelError(f"{words}; {_instead()}") from None

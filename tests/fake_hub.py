@@ -15,12 +15,13 @@ COMMIT = "c" * 40
 
 
 class FakeHub:
-    """Serves the folder of one model as `org/tiny`; `cut` bytes into model.safetensors it hangs up, for ever."""
+    """Serves the folder of one model as `org/tiny`; half way into model.safetensors it hangs up `cuts` times."""
 
     def __init__(self, folder: Path) -> None:
         self.files = {path.name: path.read_bytes() for path in folder.iterdir()}
-        self.cut: int | None = None
+        self.cuts = 0
         self.ranges: list[str] = []
+        self.sent: list[str] = []
         self.url = ""
 
     def api(self, path: str) -> Any:
@@ -74,14 +75,17 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
                 return
             whole, start, status = hub.files[name], 0, 200
             headers = {"ETag": f'"{etag(whole)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            if body:
+                hub.sent.append(name)
             if body and (asked := self.headers.get("Range")):
                 hub.ranges.append(asked)
                 start, status = int(asked.removeprefix("bytes=").split("-")[0]), 206
                 headers["Content-Range"] = f"bytes {start}-{len(whole) - 1}/{len(whole)}"
             self._head(status, {**headers, "Content-Length": str(len(whole) - start)})
             end = len(body)
-            if name == "model.safetensors" and hub.cut is not None:
-                end = max(start, hub.cut)
+            if body and name == "model.safetensors" and hub.cuts:
+                hub.cuts -= 1
+                end = max(start, end // 2)
                 self.close_connection = True
             self.wfile.write(body[start:end])
 

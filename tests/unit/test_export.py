@@ -22,6 +22,9 @@ from tests.training import Recorder, label_rows, train_settings, write_rows
 Tiny = Callable[..., Path]
 TASKS = ["Sort a list.", "Plan stage 77, then build it, then test it.", "排序 x² 123"]
 
+LLAMA31 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "rope_theta": 10000}
+LLAMA31 |= {"original_max_position_embeddings": 2048}
+
 # transformers reads no width of the heads out of a Qwen3 file: it takes the family's own 128.
 SHAPES = {"smollm": (2, 32), "llama3": (2, 32), "qwen3": (1, 512)}
 
@@ -124,7 +127,7 @@ def test_the_same_command_again_exports_what_is_missing_and_trains_nothing(
     ("file", "change", "words"),
     [
         ("config.json", {"model_type": "gpt2"}, "writes llama and qwen3 models, not gpt2; pass --export merged"),
-        ("config.json", {"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "scales its rotary positions"),
+        ("config.json", {"rope_scaling": LLAMA31}, "scales its rotary positions"),
         ("tokenizer.json", {"pre_tokenizer": {"type": "Whitespace"}}, "llama.cpp's name for the base's tokenizer"),
         ("tokenizer.json", {"model": {"type": "Unigram"}}, "llama.cpp's name for the base's tokenizer"),
     ],
