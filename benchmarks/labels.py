@@ -1,5 +1,6 @@
-"""A router on labels that a teacher really gave, against simpler classifiers: `python -m benchmarks.labels --data FILE`.
+"""A router on labels that a teacher really gave, against simpler classifiers.
 
+`python -m benchmarks.labels --data FILE`
 K-fold cross-validation over the file's rows, stratified by topology: in each fold `train` learns from the other folds'
 rows (those nearly of a held-out text are left out), `infer` decides the held-out ones, and every baseline of `router
 eval` is fitted on the very same rows. Prints macro-F1 and AUROC of the topology, where the positive class is every

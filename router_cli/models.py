@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -139,14 +140,13 @@ def _complete(folder: Path) -> bool:
 
 def _from_hub(name: str, settings: Settings, progress: Progress) -> BaseModel:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.utils import filter_repo_objects
 
     with _hub_refusals(name):
         revision = hub_revision(name, settings)
         progress.notice(f"fetching {name} from the Hub")
         found = HfApi().model_info(name, revision=revision, files_metadata=True, token=_token(settings))
         sizes = {one.rfilename: one.size or 0 for one in found.siblings or ()}
-        total = sum(sizes[file] for file in filter_repo_objects(sizes, allow_patterns=WANTED))
+        total = sum(sizes[file] for file in sizes if any(fnmatch(file, wanted) for wanted in WANTED))
     with _hub_refusals(name, begun=True), progress.bar(f"fetch {name}", round(total / 1e6)) as bar:
         folder = snapshot_download(
             name,

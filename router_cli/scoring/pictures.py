@@ -165,7 +165,8 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], ac
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     file = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(file)
+    FigureCanvasAgg(figure)  # no display, whatever the environment says
+    figure.savefig(file, format="png")
     return file.getvalue()
 
 

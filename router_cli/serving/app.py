@@ -169,8 +169,8 @@ class Service:
                 response = _plain(b"", "text/plain", status=GONE)  # for the log alone
             except asyncio.CancelledError:  # the server ends and waits no longer
                 self.cut += 1
-                refusal = Refusal(503, "shutting_down", "the server ends before this is decided")
-                response, status, code = _refused(refusal), refusal.status, refusal.code
+                words = "the server ends before this is decided"
+                response, status, code = _refused(Refusal(503, "shutting_down", words)), 503, "shutting_down"
             except Exception as error:
                 self._progress.warn(f"{path}: unexpected {type(error).__name__}: {error}")
                 words = f"unexpected {type(error).__name__}"

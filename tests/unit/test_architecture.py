@@ -17,8 +17,8 @@ LAYERS = {
     1: "errors schema progress ranks",
     2: "jsonl space costs sections settings scoring.metrics",
     3: "prompts tasks",
-    4: "dataset splits examples labelling teachers teams backends scoring models machine checkpoints lessons frozen lean footprint "
-    "figures qlora export fallback serving",
+    4: "dataset splits examples labelling teachers teams backends scoring models machine checkpoints lessons frozen "
+    "lean footprint figures qlora export fallback serving",
     5: "label train trainer watch card infer evaluate flip replay from_outcomes run execute doctor",
     6: "quickstart judging executing audit serve bulk shards ray_engine summaries console options cli api __main__",
 }

@@ -237,8 +237,9 @@ def little_memory(rows: int, after: int = 0) -> Iterator[list[int]]:
     asked: list[int] = []
 
     def hook(module: Any, given: Any) -> None:
-        real = given[0].device.type != "meta"  # the estimate's dry run holds nothing
-        if real and type(module).__name__.endswith("DecoderLayer") and torch.is_grad_enabled():
+        if not type(module).__name__.endswith("DecoderLayer") or not torch.is_grad_enabled():
+            return
+        if given[0].device.type != "meta":  # the estimate's dry run holds nothing
             asked.append(len(given[0]))
             if len(given[0]) > rows and len(asked) > after:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

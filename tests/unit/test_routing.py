@@ -82,7 +82,8 @@ def test_aiq_is_the_mean_height_of_the_best_coin(points: list[tuple[int, int]]) 
     low, high = 0.0, 10.0
     at = np.linspace(low, high, 2001)  # every corner lies on the grid
     expected = np.trapezoid([best(cost) for cost in at], at) / (high - low)
-    assert routing.aiq([(float(x), float(y)) for x, y in points], low, high) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    aiq = routing.aiq([(float(x), float(y)) for x, y in points], low, high)
+    assert aiq == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
 def test_aiq_of_a_line_is_its_middle_and_needs_two_costs():
