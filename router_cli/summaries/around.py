@@ -27,6 +27,8 @@ def started(run: Quickstart) -> Shown:
     assert run.report is not None and run.trained is not None and run.worth is not None  # the loop has ended
     adapter = run.folder / "adapter"
     made = Table(show_header=False, box=None, pad_edge=False)
+    made.add_column()
+    made.add_column(overflow="fold")
     for file, what in (
         ("labels.jsonl", "the teacher's decisions"),
         ("adapter/", f"LoRA on {run.base.name}, {run.trained.steps} steps"),
@@ -36,7 +38,7 @@ def started(run: Quickstart) -> Shown:
     ):
         made.add_row(Text(file, style="bold"), what)
     times = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in run.seconds.items())
-    decisions = [Group(Text(f"\n“{text}”", style="italic"), decision_table(row)) for text, row in run.examples]
+    decisions = [Group(_wrapped(f"\n“{text}”", "italic"), decision_table(row)) for text, row in run.examples]
     following = (
         f'router infer --adapter {adapter} "your own task"\n'
         f"router eval --outcomes humaneval-mapcoder --adapter {adapter}\n"
@@ -44,17 +46,15 @@ def started(run: Quickstart) -> Shown:
         "router train --data labels.jsonl --model Qwen/Qwen3-8B --use-4bit --bf16"
     )
     body = Group(
-        Text(f"Made in {run.folder}", style="bold cyan"),
+        _wrapped(f"Made in {run.folder}", "bold cyan"),
         made,
-        Text(f"{sum(run.seconds.values()):.0f} s: {times}\n"),
+        _wrapped(f"{sum(run.seconds.values()):.0f} s: {times}\n"),
         Text(f"How good, on {run.report.counts.judged} held-out tasks (95 % intervals)", style="bold cyan"),
         comparison(run.report),
         Text("\nThree decisions", style="bold cyan"),
         *decisions,
         Text("\nWorth, had it decided", style="bold cyan"),
-        Text(worth_line(run.worth.tables[0])),
-        Text("\nNext", style="bold cyan"),
-        Text(following),
+        _wrapped(worth_line(run.worth.tables[0])),
     )
     shown = {
         "folder": str(run.folder),
@@ -65,7 +65,13 @@ def started(run: Quickstart) -> Shown:
         "report": run.report.model_dump(mode="json"),
         "worth": run.worth.model_dump(mode="json"),
     }
-    return Panel(body, title="router quickstart", title_align="left"), shown
+    # Commands stand outside of the frame, for whoever copies them.
+    return Group(Panel(body, title="router quickstart", title_align="left"), Text("Next:"), Text(following)), shown
+
+
+def _wrapped(words: str, style: str = "") -> Text:
+    """Text that is broken at the frame's width, though what goes to a pipe is not broken elsewhere."""
+    return Text(words, style=style, no_wrap=False, overflow="fold")
 
 
 def examined(findings: list[Finding]) -> Shown:

@@ -26,9 +26,9 @@ def judged(report: Report, settings: Settings) -> Shown:
 
 
 def comparison(report: Report) -> Table:
-    """Every system with its macro-F1 and accuracy, and what its difference to the router says; 74 columns wide."""
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for name in ("system", "macro-F1", "accuracy", "the router is", "by macro-F1 of"):
+    """Every system with its macro-F1 and accuracy, and what its difference to the router says; 76 columns wide."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1, 0, 0))
+    for name in ("system", "macro-F1", "accuracy", "router is", "by macro-F1 of"):
         table.add_column(name, no_wrap=True)
     for system in sorted(report.systems, key=lambda one: -one.macro_f1.value):
         found, score = system.macro_f1_difference, system.macro_f1

@@ -62,6 +62,8 @@ def unsure(result: InferResult | BulkResult) -> list[str]:
 def decision_table(row: Prediction) -> Table:
     """A decision for people."""
     table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # nothing of a decision or a path is cut
     decision = row.decision
     if decision is None:
         table.add_row("topology", Text("none: not sure enough", style="bold"))
