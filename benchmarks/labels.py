@@ -31,7 +31,7 @@ from router_cli.models import resolve
 from router_cli.progress import Progress
 from router_cli.quickstart import TRAINING, _layers
 from router_cli.schema import Example
-from router_cli.scoring import baselines, metrics
+from router_cli.scoring import baselines, intervals, metrics
 from router_cli.settings import Settings, load
 from router_cli.space import TOPOLOGIES, DecisionSpace
 from router_cli.train import train
@@ -199,7 +199,7 @@ def report(
         judged[f"F1 {name}"] = partial(metrics.macro_f1, gold, shares.argmax(1), len(topologies))
         score = 1 - shares[:, topologies.index("single")]
         judged[f"AUROC {name}"] = partial(auroc, team, score, where)
-    drawn = metrics.bootstrap(judged, len(rows))
+    drawn = intervals.bootstrap(judged, len(rows))
     print(f"{len(rows)} tasks, {team.mean():.0%} for a team; 95 % intervals")
     print("| | macro-F1 | AUROC | router minus it: macro-F1 | AUROC |\n|---|---|---|---|---|")
     for name in found:

@@ -26,7 +26,7 @@ from router_cli.jsonl import write_rows
 from router_cli.quickstart import TRAINING, quickstart
 from router_cli.replay import replay, write_tasks
 from router_cli.schema import Score
-from router_cli.scoring import metrics, policies
+from router_cli.scoring import intervals, metrics, policies
 from router_cli.scoring.baselines import fit_baselines, out_of_fold
 from router_cli.scoring.outcomes import Table, read_outcomes, tables
 from router_cli.scoring.policies import Policy
@@ -106,7 +106,7 @@ def line(row: PolicyRow, found: Replayed | None = None, name: str = "") -> Line:
     if found is None and row.solved_difference is not None:
         told = row.solved_difference.score
         turned = told.model_copy(update={"value": -told.value, "low": -told.high, "high": -told.low})
-        over["single"] = turned, str(metrics.verdict(turned))
+        over["single"] = turned, str(intervals.verdict(turned))
     for kind, other in (("single", "always single"), ("chain", "always chain"), ("coin", "same-mix coin")):
         for one in found.policies if found else ():
             if one.name == other and one.solved_difference:
@@ -246,8 +246,8 @@ def learnt_cascade(table: Table, resamples: int, seed: int) -> Line:
         "coin": over_line(table, up),
     }
     measured = {key: partial(metrics.mean, value) for key, value in values.items()}
-    found = metrics.bootstrap(measured, len(up), resamples, seed)
-    over = {key: (found.score(key), str(metrics.verdict(found.score(key)))) for key in ("single", "chain", "coin")}
+    found = intervals.bootstrap(measured, len(up), resamples, seed)
+    over = {key: (found.score(key), str(intervals.verdict(found.score(key)))) for key in ("single", "chain", "coin")}
     name = f"cascade by tokens, {up.mean():.0%} escalated (coin: of its cost)"
     return Line(name, found.score("solved"), float(policy.dollars.mean()), over)
 

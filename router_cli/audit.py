@@ -28,7 +28,8 @@ from router_cli.labelling.estimate import Confirm, Estimate
 from router_cli.labelling.worklist import Worklist
 from router_cli.progress import SILENT, Progress
 from router_cli.schema import Score, Usage
-from router_cli.scoring.metrics import NONE, bootstrap, confusion, wilson
+from router_cli.scoring.intervals import bootstrap
+from router_cli.scoring.metrics import NONE, confusion, wilson
 from router_cli.settings import Settings
 from router_cli.space import DecisionSpace
 from router_cli.tasks import task_of

@@ -39,6 +39,8 @@ class State:
 
 
 GLOBAL = "Everywhere"
+SHARED = {"decision": "What a decision may be", "endpoint": "The endpoint", "models": "The base model"}
+"""Headings in --help of what several commands share; a command's own options stand under none."""
 
 
 def with_settings(section: str | None, *shared: str) -> Callable[[Callable[..., int | None]], Callable[..., None]]:
@@ -108,6 +110,7 @@ def _option(key: str, name: str) -> inspect.Parameter:
         show_default=False,
         metavar="" if kind is bool else _metavar(key, kind),
         autocompletion=_completion(info.examples, choices, get_origin(kind) is list),
+        rich_help_panel=SHARED.get(key.partition(".")[0]),
     )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from router_cli.schema import Example, Score
-from router_cli.scoring import metrics, parts
+from router_cli.scoring import intervals, metrics, parts
 from router_cli.scoring.answers import Answers
 from router_cli.scoring.gold import About
 from router_cli.scoring.results import (
@@ -57,7 +57,7 @@ def judge(
     for system in systems:
         measured[f"accuracy of {system.name}"] = partial(metrics.accuracy, gold, system.labels)
         measured[f"macro-F1 of {system.name}"] = partial(metrics.macro_f1, gold, system.labels, len(classes))
-    resampled = metrics.bootstrap(measured, n, resamples, seed)
+    resampled = intervals.bootstrap(measured, n, resamples, seed)
     sides = [
         Side(
             **dict(_own(one, examples, gold, classes, resamples, seed)),
@@ -96,8 +96,8 @@ def _own(
         "role_f1": partial(metrics.mean, role_f1),
         "step_difference": partial(metrics.mean, step_difference),
     }
-    resampled = metrics.bootstrap(measured, n, resamples, seed)
-    expected, p = metrics.coin_test(gold, system.labels, resamples, seed)
+    resampled = intervals.bootstrap(measured, n, resamples, seed)
+    expected, p = intervals.coin_test(gold, system.labels, resamples, seed)
     calibration, selective = _confidence(system, gold, correct, resamples, seed)
     counts = metrics.confusion(gold, system.labels, count)
     taken = counts.sum(axis=0)[:-1]
@@ -129,7 +129,7 @@ def _versus(router: Answers, other: Answers, gold: Array) -> Versus:
     first, second = (router.labels == gold).astype(float), (other.labels == gold).astype(float)
     same = [one is not None and one == two for one, two in zip(router.decisions, other.decisions, strict=True)]
     alike = (router.labels == other.labels) & (router.labels != metrics.NONE)
-    p = metrics.mcnemar(first, second)
+    p = intervals.mcnemar(first, second)
     assert p is not None  # both are zeros and ones
     return Versus(
         same_topology=metrics.wilson(int(alike.sum()), len(gold)),
@@ -145,7 +145,7 @@ def _known(score: Score) -> Score | None:
 
 
 def _system(
-    system: Answers, router: Answers, examples: Sequence[Example], gold: Array, resampled: metrics.Resampled
+    system: Answers, router: Answers, examples: Sequence[Example], gold: Array, resampled: intervals.Resampled
 ) -> System:
     import numpy as np
 
@@ -183,7 +183,7 @@ def _confidence(
     if not len(rows):
         return None, None
     confidence, right = router.confidence[rows], correct[rows]
-    resampled = metrics.bootstrap(
+    resampled = intervals.bootstrap(
         {"aurc": partial(metrics.aurc, confidence, right)},
         len(rows),
         resamples,
@@ -193,7 +193,7 @@ def _confidence(
     brier = None
     if len(spread):
         metric = partial(metrics.brier, router.probabilities[spread], gold[spread])
-        brier = metrics.bootstrap({"brier": metric}, len(spread), resamples, seed).score("brier")
+        brier = intervals.bootstrap({"brier": metric}, len(spread), resamples, seed).score("brier")
     coverage, risk, threshold = metrics.risk_coverage(confidence, right)
     kept = np.unique(np.linspace(0, len(coverage) - 1, min(_CURVE_POINTS, len(coverage))).round().astype(int))
     return Calibration(

@@ -1,4 +1,4 @@
-"""Pure functions on arrays: agreement, F1, calibration, selective risk, intervals, paired differences.
+"""Pure functions on arrays: agreement, F1, calibration, selective risk; scoring/intervals.py says how sure they are.
 
 Rows are tasks. Classes are numbered from 0; a prediction of -1 is no valid answer and counts as wrong. A metric takes
 row weights of shape (..., n) and returns an array of shape (...): a bootstrap resample is nothing but a row of whole
@@ -9,9 +9,9 @@ are paired by construction.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from router_cli.schema import Score
 
@@ -25,8 +25,8 @@ Metric = Callable[["Array"], "Array"]
 
 BINS = 15
 NONE = -1
-# Cells of the weight matrix that one block of resamples may hold: 32 MB of float64.
-_BLOCK = 4_000_000
+BLOCK = 4_000_000
+"""Cells of the weight matrix that one block of resamples may hold: 32 MB of float64."""
 
 
 # -- agreement ------------------------------------------------------------------------------------------------
@@ -128,6 +128,19 @@ def step_agreement(gold: Sequence[int], predicted: Sequence[int | None]) -> tupl
     return difference, (difference == 0).astype(float)
 
 
+def entropy(shares: Collection[float]) -> float:
+    """Shannon entropy of a mix, in bits."""
+    return 0.0 - sum(share * math.log2(share) for share in shares if share > 0)
+
+
+def wilson(hits: int, n: int) -> Score:
+    """A share with its 95 % score interval (Wilson 1927), which does not collapse at 0 and 1; n is at least 1."""
+    z, share = 1.959963984540054, hits / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return Score(value=share, low=min(share, max(0.0, centre - half)), high=max(share, min(1.0, centre + half)), n=n)
+
+
 # -- calibration and selective risk -----------------------------------------------------------------------------
 
 
@@ -153,7 +166,7 @@ def ece_interval(confidence: Array, correct: Array, resamples: int = 2000, seed:
     n, rng = len(confidence), np.random.default_rng(seed)
     rows = np.eye(bins)[_bin(confidence, bins)] * (confidence - correct)[:, None]
     gaps = rows.mean(axis=0)
-    block = max(1, _BLOCK // n)
+    block = max(1, BLOCK // n)
     counts = [min(block, resamples - start) for start in range(0, resamples, block)]
     noise = np.concatenate([rng.multinomial(n, np.full(n, 1 / n), size=count) @ rows for count in counts]) / n - gaps
     value = float(np.abs(gaps).sum())
@@ -184,7 +197,7 @@ def ece_when_calibrated(confidence: Array, seed: int, simulations: int = 1000) -
     """
     import numpy as np
 
-    rng, count = np.random.default_rng(seed), max(1, min(simulations, _BLOCK // len(confidence)))
+    rng, count = np.random.default_rng(seed), max(1, min(simulations, BLOCK // len(confidence)))
     one_hot = np.eye(BINS)[_bin(confidence, BINS)]
     gaps = (confidence - (rng.random((count, len(confidence))) < confidence)) @ one_hot
     return float(np.abs(gaps).sum(-1).mean() / len(confidence))
@@ -243,137 +256,6 @@ def aurc(confidence: Array, correct: Array, weights: Array | None = None) -> Arr
     risk = _ratio(np.cumsum(ordered * (1.0 - correct[order]), -1)[..., ends], covered)
     entering = np.diff(covered, axis=-1, prepend=0.0)
     return _ratio(np.where(entering > 0, risk * entering, 0.0).sum(-1), covered[..., -1])
-
-
-# -- intervals --------------------------------------------------------------------------------------------------
-
-
-def wilson(hits: int, n: int) -> Score:
-    """A share with its 95 % score interval (Wilson 1927), which does not collapse at 0 and 1; n is at least 1."""
-    z, share = 1.959963984540054, hits / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Score(value=share, low=min(share, max(0.0, centre - half)), high=max(share, min(1.0, centre + half)), n=n)
-
-
-@dataclass(frozen=True)
-class Resampled:
-    """Metrics of the same `n` rows: their values, and their values under the same resamples."""
-
-    n: int
-    values: dict[str, float]
-    draws: dict[str, Array]
-
-    def score(self, name: str) -> Score:
-        """A metric with its 95 % percentile interval (Efron 1979); NaN where the metric is defined nowhere."""
-        return self._interval(self.values[name], self.draws[name])
-
-    def difference(self, first: str, second: str) -> Score:
-        """`first - second`, with the interval of the paired difference: both were drawn on the same rows."""
-        return self._interval(self.values[first] - self.values[second], self.draws[first] - self.draws[second])
-
-    def _interval(self, value: float, draws: Array) -> Score:
-        import numpy as np
-
-        kept = draws[~np.isnan(draws)]
-        low, high = np.percentile(kept, [2.5, 97.5]) if len(kept) else (math.nan, math.nan)
-        return Score(value=value, low=float(low), high=float(high), n=self.n)
-
-
-def bootstrap(metrics: Mapping[str, Metric], n: int, resamples: int = 2000, seed: int = 42) -> Resampled:
-    """Judge the named metrics on `n` rows and on `resamples` resamples of them, the same for all metrics."""
-    import numpy as np
-
-    values = {name: float(metric(np.ones(n))) for name, metric in metrics.items()}
-    draws: dict[str, list[Array]] = {name: [] for name in metrics}
-    rng, block = np.random.default_rng(seed), max(1, _BLOCK // n)
-    for start in range(0, resamples, block):
-        count = min(block, resamples - start)
-        rows = rng.integers(n, size=(count, n)) + np.arange(count)[:, None] * n
-        weights = np.bincount(rows.ravel(), minlength=count * n).reshape(count, n).astype(float)
-        for name, metric in metrics.items():
-            draws[name].append(metric(weights))
-    return Resampled(n, values, {name: np.concatenate(parts) for name, parts in draws.items()})
-
-
-MOST_TASKS = 100_000
-"""Nobody labels or runs more tasks than this: a difference that needs more is no difference to anybody."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A paired difference in words. `tasks` is how many would tell where these cannot, None where nothing would.
-
-    `beyond` says that a difference was seen, but that more than `MOST_TASKS` would have to tell it.
-    """
-
-    word: Literal["better", "worse", "cannot tell"]
-    tasks: int | None = None
-    beyond: bool = False
-
-    def __str__(self) -> str:
-        if self.word != "cannot tell":
-            return self.word
-        if self.beyond:
-            return f"cannot tell; not even {MOST_TASKS:,} tasks would"
-        return f"cannot tell; about {self.tasks:,} tasks would" if self.tasks else "cannot tell; no difference seen"
-
-
-def verdict(difference: Score) -> Verdict:
-    """Better or worse where the interval leaves 0 out, else how many tasks would tell.
-
-    The interval's half towards 0 shrinks with 1/sqrt(n), so a difference that stays as it is leaves 0 out from about
-    n (half / difference)^2 tasks on; rounded up to two digits.
-    """
-    if difference.low > 0:
-        return Verdict("better")
-    if difference.high < 0:
-        return Verdict("worse")
-    if abs(difference.value) < 1e-9:  # sums of shares that cancel leave a rest in the last digits
-        return Verdict("cannot tell")
-    half = difference.value - difference.low if difference.value > 0 else difference.high - difference.value
-    # One more than now at least: an end that lies on 0 itself has a half as wide as the difference.
-    needed = max(difference.n + 1, math.ceil(difference.n * (half / difference.value) ** 2))
-    if needed > MOST_TASKS:
-        return Verdict("cannot tell", beyond=True)
-    unit = 10 ** max(0, len(str(needed)) - 2)
-    return Verdict("cannot tell", -(-needed // unit) * unit)
-
-
-def mcnemar(first: Array, second: Array) -> float | None:
-    """Exact two-sided McNemar test (1947) of two rows of zeros and ones; rows with NaN are left out.
-
-    None where a value is anything else: means of repeats and coins are no single outcomes.
-    """
-    import numpy as np
-
-    known = ~np.isnan(first) & ~np.isnan(second)
-    a, b = first[known], second[known]
-    if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
-        return None
-    only_a, only_b = int((a > b).sum()), int((b > a).sum())
-    n, k = only_a + only_b, min(only_a, only_b)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n) if n else 1.0
-
-
-def entropy(shares: Collection[float]) -> float:
-    """Shannon entropy of a mix, in bits."""
-    return 0.0 - sum(share * math.log2(share) for share in shares if share > 0)
-
-
-def coin_test(gold: Array, predicted: Array, resamples: int = 2000, seed: int = 42) -> tuple[float, float]:
-    """Agreement expected of a coin with the predictions' own mix, and the share of shuffled copies of the predictions
-    that agree with gold at least as often (one-sided permutation test, Ojala and Garriga 2010)."""
-    import numpy as np
-
-    rng, n = np.random.default_rng(seed), len(gold)
-    kinds = np.union1d(gold, predicted)
-    expected = sum(float((gold == kind).mean() * (predicted == kind).mean()) for kind in kinds)
-    observed, block, as_good = int((gold == predicted).sum()), max(1, _BLOCK // n), 0
-    for start in range(0, resamples, block):
-        shuffled = rng.permuted(np.tile(predicted, (min(block, resamples - start), 1)), axis=1)
-        as_good += int(((shuffled == gold).sum(1) >= observed).sum())
-    return expected, (1 + as_good) / (1 + resamples)
 
 
 # -- helpers ------------------------------------------------------------------------------------------------------

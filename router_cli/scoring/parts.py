@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from router_cli.schema import Decision, Example, Score
-from router_cli.scoring import metrics
+from router_cli.scoring import intervals, metrics
 from router_cli.scoring.answers import Answers
 from router_cli.scoring.gold import About, languages
 from router_cli.scoring.results import Ceiling, CostPoint, Difference, SelectiveRisk, Slice, Spending
@@ -23,7 +23,7 @@ _POINTS = 100
 
 def told(score: Score) -> Difference:
     """A paired difference with its verdict."""
-    said = metrics.verdict(score)
+    said = intervals.verdict(score)
     return Difference(score=score, verdict=said.word, tasks=said.tasks, words=str(said))
 
 
@@ -37,7 +37,7 @@ def spending(spent: Array | None, resamples: int, seed: int) -> Spending | None:
     measured: dict[str, metrics.Metric] = {
         name: partial(metrics.mean, row) for name, row in zip(names, spent, strict=True) if not np.isnan(row).all()
     }
-    resampled = metrics.bootstrap(measured, spent.shape[1], resamples, seed)
+    resampled = intervals.bootstrap(measured, spent.shape[1], resamples, seed)
     times = spent[0][~np.isnan(spent[0])]
     found: dict[str, Score | None] = dict.fromkeys(names)
     for name, row in zip(names, spent, strict=True):
@@ -73,7 +73,7 @@ def slices(
             over = None
             if best is not None:
                 metric = partial(metrics.mean, (right - best)[inside])
-                over = told(metrics.bootstrap({"it": metric}, int(inside.sum()), resamples, seed).score("it"))
+                over = told(intervals.bootstrap({"it": metric}, int(inside.sum()), resamples, seed).score("it"))
             hits = metrics.wilson(int(right[inside].sum()), int(inside.sum()))
             found.append(Slice(kind=kind, name=name, n=int(inside.sum()), accuracy=hits, over_baseline=over))
     return tuple(found)
@@ -134,7 +134,7 @@ def ceiling(
     }
     if twice:
         measured["macro-F1"] = partial(metrics.macro_f1, gold[rows], second[rows], len(classes))
-    resampled = metrics.bootstrap(measured, len(rows), resamples, seed)
+    resampled = intervals.bootstrap(measured, len(rows), resamples, seed)
     whole = metrics.wilson(int(agreed[rows].sum()), len(rows)) if twice else resampled.score("agreement")
     return Ceiling(
         source="second file" if twice else "votes",

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from router_cli.schema import Score
-from router_cli.scoring import escalation, metrics, oracles, parts, policies, routing, worth_words
+from router_cli.scoring import escalation, intervals, metrics, oracles, parts, policies, routing, worth_words
 from router_cli.scoring.outcomes import Table, subset
 from router_cli.scoring.policies import Kind, Policy, Wish, Wished
 from router_cli.scoring.worth_results import (
@@ -175,7 +175,7 @@ def _rows(everybody: Sequence[Policy], how: Choosing) -> list[PolicyRow]:
             values[f"{place} bill"] = one.dollars + how.penalty * (1 - one.solved)
         values[f"{place} by solved"] = first.solved - one.solved
         values[f"{place} by dollars"] = first.dollars - one.dollars
-    resampled = metrics.bootstrap(
+    resampled = intervals.bootstrap(
         {name: partial(metrics.mean, one) for name, one in values.items()}, n, how.resamples, how.seed
     )
 
@@ -198,7 +198,7 @@ def _rows(everybody: Sequence[Policy], how: Choosing) -> list[PolicyRow]:
         difference, test = None, None
         if place and (found := score(f"{place} by solved")) is not None:
             difference = parts.told(found)
-            test = metrics.mcnemar(first.solved, one.solved)
+            test = intervals.mcnemar(first.solved, one.solved)
         rows.append(
             PolicyRow(
                 name=one.name,
@@ -245,7 +245,7 @@ def _metrics(
         own += list(zip(spent.tolist(), quality.tolist(), strict=True))
     found: dict[str, Score | None] = {"pgr": None, "apgr": None}
     if strong and len(both) and better.mean() > weak.mean():
-        resampled = metrics.bootstrap(measured, len(both), how.resamples, how.seed)
+        resampled = intervals.bootstrap(measured, len(both), how.resamples, how.seed)
         found |= {name: resampled.score(name) for name in measured}
     thresholds = [
         routing.cpt(score[both], weak, better, target) if score is not None and strong and len(both) else None
@@ -281,7 +281,7 @@ def _teacher(table: Table, own: Sequence[Policy], oracle: Policy, how: Choosing)
         return None
     values = {"coin": labels.solved - coin.solved, "regret": oracle.solved - labels.solved}
     measured = {name: partial(metrics.mean, each[known]) for name, each in values.items()}
-    resampled = metrics.bootstrap(measured, len(known), how.resamples, how.seed)
+    resampled = intervals.bootstrap(measured, len(known), how.resamples, how.seed)
     return TeacherRegret(
         tasks=len(known), over_coin=parts.told(resampled.score("coin")), regret=resampled.score("regret")
     )

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2] / "router_cli"
 # they are named apart.
 LAYERS = {
     1: "errors schema progress ranks",
-    2: "jsonl space costs sections settings scoring.metrics",
+    2: "jsonl space costs sections settings scoring.metrics scoring.intervals",
     3: "prompts tasks",
     4: "dataset splits examples labelling teachers teams backends scoring models machine checkpoints lessons frozen "
     "lean footprint figures qlora export fallback serving",

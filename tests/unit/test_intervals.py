@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from router_cli.scoring import metrics
+from router_cli.scoring import intervals, metrics
 
 CLASSES, TASKS, DRAWS, RESAMPLES = 4, 200, 2000, 300
 
@@ -48,7 +48,7 @@ def coverage(draws: int, tasks: int) -> dict[str, float]:
         gold, first, second = world(tasks, seed)
         found = measured(gold, first, second)
         ece = found.pop("ECE")
-        resampled = metrics.bootstrap(found, tasks, RESAMPLES, seed)
+        resampled = intervals.bootstrap(found, tasks, RESAMPLES, seed)
         scores = {name: (resampled.score(name), truth[name]) for name in ("macro-F1", "Brier", "AURC")}
         right = (first.argmax(axis=1) == gold).astype(float)
         scores["accuracy"] = metrics.wilson(int(right.sum()), tasks), truth["accuracy"]

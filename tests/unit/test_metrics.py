@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as reference
 
 from router_cli.schema import Score
-from router_cli.scoring import metrics
+from router_cli.scoring import intervals, metrics
 
 K = 4
 rows = st.lists(st.tuples(st.integers(0, K - 1), st.integers(-1, K - 1)), min_size=1, max_size=60)
@@ -149,9 +149,9 @@ def test_wilson_is_the_textbook_interval_and_does_not_collapse():
 def test_the_bootstrap_repeats_for_a_seed_and_has_the_normal_width():
     gold, predicted = seeded(400, 0.6)
     named = {"accuracy": partial(metrics.accuracy, gold, predicted)}
-    first, again = (metrics.bootstrap(named, 400, 2000, seed=7).score("accuracy") for _ in range(2))
+    first, again = (intervals.bootstrap(named, 400, 2000, seed=7).score("accuracy") for _ in range(2))
     assert first == again
-    assert first != metrics.bootstrap(named, 400, 2000, seed=8).score("accuracy")
+    assert first != intervals.bootstrap(named, 400, 2000, seed=8).score("accuracy")
     share = first.value
     assert first.high - first.low == pytest.approx(2 * 1.96 * math.sqrt(share * (1 - share) / 400), rel=0.1)
 
@@ -161,14 +161,14 @@ def test_the_bootstrap_repeats_for_a_seed_and_has_the_normal_width():
 def test_blocks_of_resamples_do_not_change_the_number_of_draws(seed):
     gold, predicted = seeded(50, 0.5, seed)
     metrics_block = {"f1": partial(metrics.macro_f1, gold, predicted, K)}
-    assert metrics.bootstrap(metrics_block, 50, 333, seed).draws["f1"].shape == (333,)
+    assert intervals.bootstrap(metrics_block, 50, 333, seed).draws["f1"].shape == (333,)
 
 
 def test_a_paired_difference_is_narrower_than_the_two_intervals_apart():
     gold, good = seeded(300, 0.7)
     slightly_worse = good.copy()
     slightly_worse[np.flatnonzero(good == gold)[:12]] = -1
-    found = metrics.bootstrap(
+    found = intervals.bootstrap(
         {"good": partial(metrics.accuracy, gold, good), "worse": partial(metrics.accuracy, gold, slightly_worse)}, 300
     )
     difference = found.difference("good", "worse")
@@ -179,21 +179,21 @@ def test_a_paired_difference_is_narrower_than_the_two_intervals_apart():
 
 
 def test_a_verdict_is_better_worse_or_the_number_of_tasks_that_would_tell():
-    assert str(metrics.verdict(Score(value=0.1, low=0.02, high=0.2, n=100))) == "better"
-    assert str(metrics.verdict(Score(value=-0.1, low=-0.2, high=-0.02, n=100))) == "worse"
-    unsure = metrics.verdict(Score(value=0.05, low=-0.05, high=0.15, n=100))
+    assert str(intervals.verdict(Score(value=0.1, low=0.02, high=0.2, n=100))) == "better"
+    assert str(intervals.verdict(Score(value=-0.1, low=-0.2, high=-0.02, n=100))) == "worse"
+    unsure = intervals.verdict(Score(value=0.05, low=-0.05, high=0.15, n=100))
     assert (unsure.word, unsure.tasks) == ("cannot tell", 400)
     assert str(unsure) == "cannot tell; about 400 tasks would"
-    assert metrics.verdict(Score(value=-0.05, low=-0.15, high=0.05, n=100)).tasks == 400
-    assert str(metrics.verdict(Score(value=0.0, low=-0.1, high=0.1, n=100))) == "cannot tell; no difference seen"
+    assert intervals.verdict(Score(value=-0.05, low=-0.15, high=0.05, n=100)).tasks == 400
+    assert str(intervals.verdict(Score(value=0.0, low=-0.1, high=0.1, n=100))) == "cannot tell; no difference seen"
 
 
 @pytest.mark.parametrize("value", [1e-4, -1e-4, 1e-7])
 def test_a_difference_that_nobody_could_ever_tell_gets_words_and_no_absurd_number(value):
-    found = metrics.verdict(Score(value=value, low=value - 0.1, high=value + 0.1, n=100))
+    found = intervals.verdict(Score(value=value, low=value - 0.1, high=value + 0.1, n=100))
     assert (found.word, found.tasks, found.beyond) == ("cannot tell", None, True)
     assert str(found) == "cannot tell; not even 100,000 tasks would"
-    rest = metrics.verdict(Score(value=value * 1e-12, low=-0.1, high=0.1, n=100))
+    rest = intervals.verdict(Score(value=value * 1e-12, low=-0.1, high=0.1, n=100))
     assert str(rest) == "cannot tell; no difference seen", "a rest of rounding is no difference"
 
 
@@ -212,20 +212,20 @@ def test_that_many_tasks_do_tell():
     def difference(times: int):
         truth, first, second = (np.tile(column, times) for column in (gold, predicted, other))
         named = {"a": partial(metrics.accuracy, truth, first), "b": partial(metrics.accuracy, truth, second)}
-        return metrics.bootstrap(named, len(truth)).difference("a", "b")
+        return intervals.bootstrap(named, len(truth)).difference("a", "b")
 
-    unsure = metrics.verdict(difference(1))
+    unsure = intervals.verdict(difference(1))
     assert unsure.word == "cannot tell"
     assert unsure.tasks is not None
-    assert metrics.verdict(difference(math.ceil(1.25 * unsure.tasks / 150))).word == "better"
-    assert metrics.verdict(difference(max(1, math.floor(0.75 * unsure.tasks / 150)))).word == "cannot tell"
+    assert intervals.verdict(difference(math.ceil(1.25 * unsure.tasks / 150))).word == "better"
+    assert intervals.verdict(difference(max(1, math.floor(0.75 * unsure.tasks / 150)))).word == "cannot tell"
 
 
 def test_a_coin_of_the_same_mix_is_recognised_and_a_router_is_not_taken_for_one():
     gold, predicted = seeded(200, 0.5)
-    expected, p = metrics.coin_test(gold, predicted)
+    expected, p = intervals.coin_test(gold, predicted)
     assert p < 0.01
     shuffled = np.random.default_rng(1).permutation(predicted)
-    same_mix, chance = metrics.coin_test(gold, shuffled)
+    same_mix, chance = intervals.coin_test(gold, shuffled)
     assert same_mix == pytest.approx(expected)
     assert chance > 0.05
