@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 
 from router_cli.schema import Outcome
 from router_cli.scoring import policies
-from router_cli.scoring.metrics import mcnemar
+from router_cli.scoring.intervals import mcnemar
 from router_cli.scoring.oracles import best_of_noise, oracle
 from router_cli.scoring.outcomes import Recorded, Table, tables
 from router_cli.scoring.policies import Wish
