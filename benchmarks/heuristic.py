@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from router_cli.jsonl import read_rows
-from router_cli.scoring.metrics import coin_test, macro_f1
+from router_cli.scoring.intervals import coin_test
+from router_cli.scoring.metrics import macro_f1
 from router_cli.space import TOPOLOGIES, DecisionSpace
 from router_cli.teachers.heuristic import decide
 

@@ -166,7 +166,7 @@ def test_agreement_with_the_rubric_beats_coin_and_majority_on_tasks_not_seen_whi
     import numpy as np
 
     from benchmarks.heuristic import agreement, was_seen
-    from router_cli.scoring.metrics import coin_test
+    from router_cli.scoring.intervals import coin_test
 
     unseen = [row for row in OWN if not was_seen(row)]
     assert len(unseen) > 300
