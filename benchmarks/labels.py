@@ -122,7 +122,7 @@ def routed(settings: Settings, examples: list[Example], folder: Path, progress: 
     output = folder.with_name(f"{folder.name}.predictions.jsonl")
     train(settings.with_values(train__output_dir=folder), progress)
     served = settings.with_values(
-        infer__adapter=folder, infer__data=settings.train.data, infer__split="test", infer__output=output
+        infer__adapter=folder, infer__data=settings.train.data, infer__split="test", infer__output=str(output)
     )
     infer(served, progress=progress)
     number = {example.task_id: i for i, example in enumerate(examples)}
