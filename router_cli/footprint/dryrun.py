@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 NF4_BLOCK, NF4_SECOND_BLOCK = 64, 256
@@ -152,7 +153,8 @@ def _step(config: Any, setup: Setup, rows: int, length: int, scored: int, shared
     from router_cli.lean import lean
 
     model = _on_meta(config, setup.dtype, setup.adapted)
-    _fuse_attention(model, setup.device)
+    if setup.device != "cpu":  # there, training has an attention of its own (router_cli/lean.py)
+        _fuse_attention(model, setup.device)
     if setup.four_bit:
         _quantise(model, setup)
     names = sorted({name for name, _ in _targets(model.get_decoder().layers[0], setup.targets)})
@@ -172,9 +174,11 @@ def _step(config: Any, setup: Setup, rows: int, length: int, scored: int, shared
     base, shared = model.get_base_model(), 0 if setup.checkpointing else shared
     with torch.device("meta"):
         ids = torch.zeros(rows, length, dtype=torch.long)
-        # A batch of one row has no padding, and then no mask.
-        masked = shared or rows > 1
-        mask = torch.ones(rows, 1, length - shared, length, dtype=torch.bool) if masked else None
+        # A batch of one row has no padding, and then fused attention takes no mask. What router_cli/lean.py has added
+        # to the scores on a CPU is there always, and of their type.
+        masked = shared or rows > 1 or setup.device == "cpu"
+        kind = getattr(torch, setup.dtype) if setup.device == "cpu" else torch.bool
+        mask = torch.ones(rows, 1, length - shared, length, dtype=kind) if masked else None
         places, answers = (torch.zeros(rows * min(scored, length - shared), dtype=torch.long) for _ in range(2))
     with lean(_Elsewhere(model, setup.device)), _Alive(model.parameters()) as alive:
         states = hidden_states(base.get_decoder(), ids, mask, shared, 0)
@@ -292,38 +296,29 @@ def _on_meta(config: Any, dtype: str, layers: int | None = None) -> Any:
 
 
 def _fuse_attention(model: Any, device: str) -> None:
-    """Let the layers' fused attention keep what its kernels on `device` keep; on meta torch takes the plain one."""
+    """Let the layers' fused attention keep what its kernels on `device` keep; on meta torch takes the plain one.
+
+    It has no mask of its own among those of transformers: where none is given, none is made.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = f"router_dry_{device}"
+    ALL_ATTENTION_FUNCTIONS.register(name, partial(_attention, device == "cuda"))
+    model.set_attn_implementation(name)
+
+
+def _attention(cuda: bool, module: Any, query: Any, key: Any, value: Any, mask: Any, **rest: Any) -> tuple[Any, None]:
     import torch
-    from torch.overrides import TorchFunctionMode
 
-    fused = torch.nn.functional.scaled_dot_product_attention
-
-    def attend(q: Any, k: Any, v: Any, attn_mask: Any = None, is_causal: bool = False, **rest: Any) -> Any:
-        if attn_mask is not None:  # kept a layer, as what is added to the scores
-            attn_mask = torch.empty(attn_mask.shape, dtype=q.dtype, device="meta")
-        # Without a mask, CUDA's kernels take fewer heads of keys than of queries as they are.
-        if k.shape[1] != q.shape[1] and not (device == "cuda" and attn_mask is None):
-            k, v = (one.repeat_interleave(q.shape[1] // one.shape[1], 1) for one in (k, v))
-        # All fused kernels keep the same: queries, keys, values, mask, output and a number a row.
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return kernel(q, k, v, 0.0, is_causal, attn_mask=attn_mask)[0]
-
-    class Mode(TorchFunctionMode):
-        def __torch_function__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if call is fused:
-                kept = {name: value for name, value in (kwargs or {}).items() if name in ("attn_mask", "is_causal")}
-                return attend(*args, **kept)
-            return call(*args, **(kwargs or {}))
-
-    def within(forward: Any) -> Any:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with Mode():
-                return forward(*args, **kwargs)
-
-        return run
-
-    for layer in model.get_decoder().layers:  # not around the whole step: torch closes the context in a backward pass
-        layer.forward = within(layer.forward)
+    if mask is not None:  # kept a layer, as what is added to the scores
+        mask = torch.empty(mask.shape, dtype=query.dtype, device="meta")
+    # Without a mask, CUDA's kernels take fewer heads of keys than of queries as they are.
+    if key.shape[1] != query.shape[1] and not (cuda and mask is None):
+        key, value = (one.repeat_interleave(query.shape[1] // one.shape[1], 1) for one in (key, value))
+    # All fused kernels keep the same: queries, keys, values, mask, output and a number a row.
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    found = kernel(query, key, value, 0.0, mask is None, attn_mask=mask)[0]
+    return found.transpose(1, 2).contiguous(), None
 
 
 def _targets(layer: Any, targets: tuple[str, ...]) -> list[tuple[str, Any]]:

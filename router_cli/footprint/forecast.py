@@ -158,7 +158,7 @@ class Forecast:
             tries[f"--lora-last-layers {third}"] = {"train__lora_last_layers": third}
         if train.lora_r > 4:
             tries["--lora-r 4"] = {"train__lora_r": 4}
-        if half >= max(64, 2 * lengths.answer):
+        if half >= max(64, lengths.shared + 2 * lengths.answer):  # a row is more than what all have in common
             tries[f"--max-length {half}"] = {"train__max_length": half}
         whole = self._total(self._settings)
         return {flags: whole - self._total(self._settings.with_values(**values)) for flags, values in tries.items()}

@@ -126,6 +126,7 @@ def test_what_saves_memory_saves_it_in_the_dry_run(tmp_path: Path) -> None:
     assert held(adapted=9) < plain / 2
     assert held(rows=1) < plain / 3 and held(length=128) < 0.6 * plain
     assert held(fused_head=True) < plain
+    assert held(rows=1, device="cpu") < held(device="cpu") / 3
 
 
 def test_four_bits_weigh_what_bitsandbytes_makes_of_them() -> None:
@@ -152,7 +153,7 @@ def test_steps_lengths_and_money_follow_data_and_settings(tiny_folder: Tiny, tmp
     assert (found.examples, found.steps, found.counted_by) == (16, 12, "the model's tokenizer")
     assert found.longest >= found.mean > 100
     assert found.dollars == pytest.approx(2 * found.seconds / 3600)
-    assert foreseen(tmp_path, base, max_length=230).longest == 230
+    assert foreseen(tmp_path, base, max_length=140).longest == 140
     twice = foreseen(tmp_path, base, epochs=6)
     assert twice.dollars is None and twice.flops == pytest.approx(2 * found.flops)
     assert foreseen(tmp_path, base, topology_passes=1).steps == 8
@@ -162,7 +163,7 @@ def test_steps_lengths_and_money_follow_data_and_settings(tiny_folder: Tiny, tmp
 def test_tokens_are_guessed_from_characters_without_a_tokenizer_and_that_is_said(tmp_path: Path) -> None:
     found = foreseen(tmp_path, "Qwen/Qwen3-0.6B", models__model_dir=str(tmp_path / "models"))
     assert found.counted_by == "characters / 3.4" and found.shape_from == "table"
-    assert 150 < found.mean < 400
+    assert 100 < found.mean < 400
     rows = label_rows()
     rows[0]["task"] *= 40
     assert foreseen(tmp_path, "Qwen/Qwen3-0.6B", rows, models__model_dir=str(tmp_path / "m")).longest > found.longest
@@ -281,7 +282,7 @@ def test_it_goes_on_from_the_last_complete_checkpoint(tiny_folder: Tiny, tmp_pat
     # Two layers, called for the shared start and for the rows: four calls a step.
     with little_memory(2, after=4 * 3):
         train(train_settings(data, base, tmp_path / "a", batch_size=4, grad_accum=1, **values), said)
-    assert "continuing from step 2" in said.notices and len(said.warnings) == 1
+    assert "continuing from step 2" in said.notices and sum("out of memory" in line for line in said.warnings) == 1
     train(train_settings(data, base, tmp_path / "b", batch_size=2, grad_accum=2, **values))
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=1e-4)
 
@@ -294,7 +295,7 @@ def test_where_not_even_one_example_fits_the_message_says_what_helps(tiny_folder
     assert not (tmp_path / "a" / META).exists()
     said = Recorder()
     train(settings, said)  # with more memory, the same command again
-    assert (tmp_path / "a" / META).is_file() and not said.warnings
+    assert (tmp_path / "a" / META).is_file() and not any("memory" in line for line in said.warnings)
 
 
 def test_another_error_stays_what_it_is(tiny_folder: Tiny, tmp_path: Path) -> None:
