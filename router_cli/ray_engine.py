@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -83,30 +84,34 @@ def by_ray(settings: Settings, names: Sequence[str], progress: Progress) -> Iter
     Raises UsageError where Ray or the cluster is missing, RouterError where workers keep dying.
     """
     ray = _ray()
-    own = not ray.is_initialized()
-    try:
-        if own:
-            _join(ray)
-        workers, share = _shares(ray, settings, len(names), progress)
-        rows = ray.data.from_items([{"shard": name} for name in names], override_num_blocks=min(len(names), _BLOCKS))
-        rows = rows.map_batches(
-            RayWorker,
-            batch_size=1,
-            # One at a time: a worker that is handed several would keep them from those that have none.
-            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
-            fn_constructor_args=(without_secrets(settings), str(Path.cwd())),
-            **share,
-        )
-        for row in rows.iter_rows():
-            yield Done(**json.loads(row["done"]))
-    except ray.exceptions.RayError as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise RouterError(
-            f"Ray gave up: {first}: the finished shards stand; the same command again goes on from there"
-        ) from error
-    finally:
-        if own:
-            ray.shutdown()
+    # Ray prints what happens to its workers to standard output, which carries results only.
+    with contextlib.redirect_stdout(sys.stderr):
+        own = not ray.is_initialized()
+        try:
+            if own:
+                _join(ray)
+            workers, share = _shares(ray, settings, len(names), progress)
+            rows = ray.data.from_items(
+                [{"shard": name} for name in names], override_num_blocks=min(len(names), _BLOCKS)
+            )
+            rows = rows.map_batches(
+                RayWorker,
+                batch_size=1,
+                # One at a time: a worker that is handed several would keep them from those that have none.
+                compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
+                fn_constructor_args=(without_secrets(settings), str(Path.cwd())),
+                **share,
+            )
+            for row in rows.iter_rows():
+                yield Done(**json.loads(row["done"]))
+        except ray.exceptions.RayError as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            raise RouterError(
+                f"Ray gave up: {first}: the finished shards stand; the same command again goes on from there"
+            ) from error
+        finally:
+            if own:
+                ray.shutdown()
 
 
 def _ray() -> Any:
