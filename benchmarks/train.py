@@ -171,7 +171,7 @@ def equal(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     from router_cli import prompts
     from router_cli.train import train
-    from router_cli.trainer import _ByLength
+    from router_cli.training.loss import ByLength
 
     options.examples, options.epochs = min(options.examples, 6 * BATCH), 1
     label_file(folder, options.examples)
@@ -181,7 +181,7 @@ def equal(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ours = losses(json.loads((folder / "equal" / "loss.json").read_text()))
     base, space, tokenizer, examples = prepared(settings)
     encoded = [prompts.encode_example(one.text, one.decision, space, tokenizer, 2048) for one in examples]
-    order = _ByLength([len(row.input_ids) for row in encoded], BATCH, options.seed, lambda: 0)
+    order = ByLength([len(row.input_ids) for row in encoded], BATCH, options.seed, lambda: 0)
     rows = [
         {
             "input_ids": encoded[i].input_ids,
@@ -260,11 +260,11 @@ def gpu(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer
 
-    from router_cli import trainer
     from router_cli.backends import space_from
-    from router_cli.checkpoints import Run
     from router_cli.models import resolve
     from router_cli.progress import SILENT
+    from router_cli.training import trainer
+    from router_cli.training.checkpoints import Run
 
     values = {
         "guide": {"train__batch_size": 1, "train__grad_accum": 8, "train__gradient_checkpointing": True},

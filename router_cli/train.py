@@ -21,14 +21,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from router_cli import __version__, dataset, export, lessons, models, prompts, qlora, ranks
+from router_cli import __version__, dataset, models, prompts, ranks
 from router_cli.backends import space_from
 from router_cli.backends.activated import activated
 from router_cli.backends.decoding import Decoder
 from router_cli.backends.device import best_device, fast_dtype
 from router_cli.backends.local import META, adapted, load, quiet, serving_dtype
-from router_cli.card import write_card
-from router_cli.checkpoints import Run
 from router_cli.errors import TrainingError, UsageError
 from router_cli.footprint.forecast import Footprint, Forecast, NoForecast
 from router_cli.jsonl import write_json, writing
@@ -38,7 +36,10 @@ from router_cli.schema import Example
 from router_cli.scoring.calibration import Calibration, fit
 from router_cli.settings import Settings
 from router_cli.space import DecisionSpace
-from router_cli.watch import terminable
+from router_cli.training import export, lessons, qlora
+from router_cli.training.card import write_card
+from router_cli.training.checkpoints import Run
+from router_cli.training.watch import terminable
 
 FOR_LESS = "what helps: --gradient-checkpointing, a smaller --max-length, a smaller --model"
 """Advice for a model that cannot be foreseen."""
@@ -192,7 +193,7 @@ def _fit(
     forecast: Forecast | None,
 ) -> TrainResult:
     """Load, train, keep the best, write the folder."""
-    from router_cli import trainer
+    from router_cli.training import trainer
 
     started, options = time.perf_counter(), settings.train
     with ranks.first_goes_ahead():

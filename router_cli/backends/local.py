@@ -16,10 +16,10 @@ from router_cli.backends import Choice, space_from
 from router_cli.backends.activated import activated
 from router_cli.backends.decoding import Decoder
 from router_cli.backends.device import ROWS_AT_ONCE, best_device, fast_dtype
+from router_cli.backends.lean import streamline
 from router_cli.backends.search import SEARCHED, Decoded
 from router_cli.errors import InputError, ModelError, UsageError
 from router_cli.jsonl import read_json
-from router_cli.lean import streamline
 from router_cli.progress import SILENT, Progress
 from router_cli.schema import Alternative, Decision, Usage
 from router_cli.scoring.calibration import Calibration

@@ -9,15 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from router_cli import prompts, qlora, ranks
+from router_cli import prompts, ranks
 from router_cli.backends.device import ROWS_AT_ONCE, best_device, fast_dtype
 from router_cli.footprint import dryrun
 from router_cli.footprint.dryrun import Setup
 from router_cli.footprint.shapes import Shape
-from router_cli.frozen import MEMORY_SHARE
 from router_cli.schema import Example
 from router_cli.settings import Settings
 from router_cli.space import DecisionSpace
+from router_cli.training import qlora
+from router_cli.training.frozen import MEMORY_SHARE
 
 PROCESS = 0.72e9
 """Bytes of a Python process with torch, transformers, PEFT and TRL loaded (measured: CPU build of torch 2.13)."""

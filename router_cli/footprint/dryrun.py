@@ -26,7 +26,7 @@ class Setup:
     """How a model is held and trained. `dtype` is the base's (`float32`, ...), `adapted` counts layers from the top.
 
     With `four_bit` the linear parts are NF4 and everything else is of the type `rest`.
-    `kept` says that the layers below the adapted ones stand aside, their output being kept (router_cli/frozen.py);
+    `kept` says that the layers below the adapted ones stand aside, their output being kept (training/frozen.py);
     `autocast` that products are computed in `dtype` whatever type the adapter has; `fused_head` that TRL computes the
     loss in tiles of the vocabulary (its kernel on a GPU), so that the logits never stand whole.
     """
@@ -148,12 +148,12 @@ def _step(config: Any, setup: Setup, rows: int, length: int, scored: int, shared
     import torch
     from peft import LoraConfig, get_peft_model
 
+    from router_cli.backends.lean import lean
     from router_cli.backends.local import quiet
-    from router_cli.frozen import hidden_states
-    from router_cli.lean import lean
+    from router_cli.training.frozen import hidden_states
 
     model = _on_meta(config, setup.dtype, setup.adapted)
-    if setup.device != "cpu":  # there, training has an attention of its own (router_cli/lean.py)
+    if setup.device != "cpu":  # there, training has an attention of its own (router_cli/backends/lean.py)
         _fuse_attention(model, setup.device)
     if setup.four_bit:
         _quantise(model, setup)
@@ -174,8 +174,8 @@ def _step(config: Any, setup: Setup, rows: int, length: int, scored: int, shared
     base, shared = model.get_base_model(), 0 if setup.checkpointing else shared
     with torch.device("meta"):
         ids = torch.zeros(rows, length, dtype=torch.long)
-        # A batch of one row has no padding, and then fused attention takes no mask. What router_cli/lean.py has added
-        # to the scores on a CPU is there always, and of their type.
+        # A batch of one row has no padding, and then fused attention takes no mask. What backends/lean.py has added to
+        # the scores on a CPU is there always, and of their type.
         masked = shared or rows > 1 or setup.device == "cpu"
         kind = getattr(torch, setup.dtype) if setup.device == "cpu" else torch.bool
         mask = torch.ones(rows, 1, length - shared, length, dtype=kind) if masked else None

@@ -28,7 +28,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "
 NURSERY = """
 import os, sys
 import trl, peft, datasets, transformers, torch
-from router_cli import cli, train, trainer
+from router_cli import cli, train
+from router_cli.training import trainer
 for line in sys.stdin:
     child = os.fork()
     if not child:

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 
 from router_cli import prompts
-from router_cli.backends.activated import Activated, Prompts, activated, invocation
+from router_cli.backends.activated import Activated, activated, invocation
 from router_cli.backends.decoding import Decoder
+from router_cli.backends.lean import lean
 from router_cli.backends.local import LocalBackend, merged
 from router_cli.errors import ModelError, UsageError
-from router_cli.lean import lean
 from router_cli.settings import load
 from router_cli.space import DecisionSpace
 from router_cli.train import train
+from router_cli.training.kept import Prompts
 from tests.tiny import Style
 from tests.training import label_rows, train_settings, write_rows
 

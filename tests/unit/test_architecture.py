@@ -17,23 +17,23 @@ LAYERS = {
     1: "errors schema progress ranks",
     2: "jsonl space costs sections settings scoring.metrics scoring.intervals",
     3: "prompts tasks",
-    4: "dataset splits examples labelling teachers teams backends scoring models machine checkpoints lessons frozen "
-    "lean footprint figures qlora export fallback serving",
-    5: "label train trainer watch card infer evaluate flip replay from_outcomes run execute doctor",
+    4: "dataset splits examples labelling teachers teams backends scoring models machine footprint training fallback "
+    "serving",
+    5: "label train infer evaluate flip replay from_outcomes run execute doctor",
     6: "quickstart judging executing audit serve bulk shards ray_engine summaries console options cli api __main__",
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split()}
-VERBS = ("label", "train", "trainer", "infer", "evaluate", "replay", "from_outcomes", "run", "execute", "doctor")
+VERBS = ("label", "train", "infer", "evaluate", "replay", "from_outcomes", "run", "execute", "doctor")
 COMPOSERS = ("quickstart", "judging", "executing", "audit", "serve", "bulk", "shards", "summaries", "cli", "api")
 
 # Packages that only some modules may import, and only inside functions.
 ALLOWED = {
-    "trl": ("train", "trainer"),
-    "bitsandbytes": ("train", "trainer"),
-    "transformers": ("backends.*", "models", "footprint.*", "frozen", "lean", "qlora", "train", "trainer", "watch"),
-    "peft": ("backends.*", "footprint.*", "lean", "qlora", "train", "trainer", "watch"),
+    "trl": ("training.*",),
+    "bitsandbytes": ("training.*",),
+    "transformers": ("backends.*", "models", "footprint.*", "training.*"),
+    "peft": ("backends.*", "footprint.*", "training.*"),
     "openai": ("teachers.connection", "teachers.batch", "doctor"),
-    "gguf": ("export",),
+    "gguf": ("training.export",),
     "matplotlib": ("scoring.pictures",),
     "genai_prices": ("costs",),
     "starlette": ("serving.app",),
@@ -115,7 +115,7 @@ def problems(found: list[Import]) -> list[str]:
             mine, theirs = layer_of(one.module), layer_of(one.target)
             if one.target and not one.typing and mine is not None and (theirs is None or theirs > mine):
                 said.append(f"{where}: upwards")
-            apart = one.module in VERBS and one.target in VERBS and (one.module, one.target) != ("train", "trainer")
+            apart = one.module in VERBS and one.target in VERBS
             if apart and one.module != one.target:
                 said.append(f"{where}: verbs know nothing of each other")
         else:
@@ -193,7 +193,7 @@ def test_nobody_prints_but_the_console() -> None:
         ("train", "try:\n    import torch\nexcept ImportError:\n    pass", "at module level"),
         ("backends.local", "class A:\n    from transformers import B", "at module level"),
         ("infer", "def f():\n    from transformers import AutoModel", "only backends.*"),
-        ("backends.local", "def f():\n    from trl import SFTTrainer", "only train, trainer may"),
+        ("backends.local", "def f():\n    from trl import SFTTrainer", "only training.* may"),
         ("label", "from . import infer", "relative"),
         ("label", "import router_cli.nowhere", "upwards"),
     ],
@@ -206,9 +206,9 @@ def test_the_walk_sees_what_breaks_the_rules(module: str, source: str, said: str
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("train", "def f():\n    import torch, trl, bitsandbytes"),
+        ("training.recipe", "def f():\n    import torch, trl, bitsandbytes"),
         ("train", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import numpy as np"),
-        ("train", "def f():\n    from router_cli import trainer"),
+        ("train", "def f():\n    from router_cli.training import trainer"),
         ("summaries.label", "from router_cli.label import LabelResult\nfrom rich.text import Text"),
         ("train", "from router_cli import __version__, models"),
     ],

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from router_cli.backends.local import META
-from router_cli.checkpoints import Run
 from router_cli.errors import OutputError
 from router_cli.train import train
+from router_cli.training.checkpoints import Run
 from tests.training import Recorder, adapter_weights, equal, label_rows, train_settings, write_rows
 
 Tiny = Callable[..., Path]

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from router_cli import export as module
 from router_cli.backends.local import META, LocalBackend
 from router_cli.errors import TrainingError
-from router_cli.export import GGUF_FILE, check, export
 from router_cli.models import BaseModel
 from router_cli.settings import load
 from router_cli.train import train
+from router_cli.training import export as module
+from router_cli.training.export import GGUF_FILE, check, export
 from tests.training import Recorder, label_rows, train_settings, write_rows
 
 Tiny = Callable[..., Path]

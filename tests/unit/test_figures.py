@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from router_cli.figures import Figures
+from router_cli.training.figures import Figures
 
 
 def test_loss_topology_rate_tokens_memory_and_money(monkeypatch: pytest.MonkeyPatch) -> None:

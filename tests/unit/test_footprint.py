@@ -82,8 +82,8 @@ def test_the_dry_run_holds_what_a_real_step_holds(values: dict[str, Any], tiny_f
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from router_cli.frozen import hidden_states
-    from router_cli.lean import lean
+    from router_cli.backends.lean import lean
+    from router_cli.training.frozen import hidden_states
 
     rows, length, scored, shared = 3, 40, 7, 0 if "checkpointing" in values else 11
     model = AutoModelForCausalLM.from_pretrained(tiny_folder("qwen3", 5, 64))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from router_cli import prompts
-from router_cli.frozen import FrozenLayers, hidden_states
 from router_cli.space import DecisionSpace
+from router_cli.training.frozen import FrozenLayers, hidden_states
 from tests.tiny import Style
 
 SPACE = DecisionSpace(("planner", "builder", "tester"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from router_cli.lean import ATTENTION, lean
+from router_cli.backends.lean import ATTENTION, lean
 from tests.tiny import Style
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

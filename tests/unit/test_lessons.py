@@ -11,10 +11,10 @@ import pytest
 
 from router_cli import prompts
 from router_cli.errors import ModelError, TrainingError
-from router_cli.lessons import check_model, encode
 from router_cli.schema import Decision, Example
 from router_cli.space import DecisionSpace
 from router_cli.train import train
+from router_cli.training.lessons import check_model, encode
 from tests import templates
 from tests.tiny import STYLES, Style, tiny_model, tiny_tokenizer
 from tests.training import Recorder, label_rows, train_settings, write_rows

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from router_cli import prompts, qlora, trainer
+from router_cli import prompts
 from router_cli.backends.local import META, LocalBackend
-from router_cli.checkpoints import Run
 from router_cli.dataset import build
 from router_cli.models import BaseModel, resolve
 from router_cli.settings import load
 from router_cli.train import _load, _space, train
+from router_cli.training import qlora, recipe
+from router_cli.training.checkpoints import Run
 from tests.training import Recorder, adapter_weights, label_rows, train_settings, write_rows
 
 Tiny = Callable[..., Path]
@@ -60,7 +61,7 @@ def test_the_base_is_nf4_doubly_quantised_and_the_adapter_float32(
     space = _space(settings)
     data = build(settings, space)
     rows = [prompts.encode_example(one.text, one.decision, space, tokenizer, 2048) for one in data.train]
-    loop = trainer._make_trainer(model, tokenizer, space, rows, [0, 1], settings, Run(tmp_path / "a", {}))
+    loop = recipe.make_trainer(model, tokenizer, space, rows, [0, 1], settings, Run(tmp_path / "a", {}))
     trained = {name: part for name, part in loop.model.named_parameters() if part.requires_grad}
     assert len(trained) == 2 * 2 * 7 and all("lora_" in name for name in trained)
     assert {part.dtype for part in trained.values()} == {torch.float32}

@@ -18,19 +18,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from router_cli import prompts, tasks, trainer
+from router_cli import prompts, tasks
 from router_cli.backends.local import META, LocalBackend
-from router_cli.checkpoints import Run
 from router_cli.dataset import build
 from router_cli.errors import InputError, ModelError, TrainingError, UsageError
 from router_cli.label import label
-from router_cli.lessons import encode
 from router_cli.models import resolve
 from router_cli.schema import Decision
 from router_cli.scoring.calibration import Calibration, fit
 from router_cli.settings import Settings, load
 from router_cli.train import TrainResult, _load, _space, train
-from router_cli.watch import rising, stale
+from router_cli.training import loss, recipe, trainer
+from router_cli.training.checkpoints import Run
+from router_cli.training.lessons import encode
+from router_cli.training.watch import rising, stale
 from tests.tiny import STYLES, Style
 from tests.training import Recorder, adapter_weights, equal, label_rows, train_settings, write_rows
 
@@ -215,7 +216,7 @@ def made(settings: Settings, said: Recorder | None = None) -> Any:
     rows = encode(data.train, space, tokenizer, wanted.max_length, said, wanted.augment, wanted.seed)
     layers = list(range(model.config.num_hidden_layers))
     run = Run(settings.train.output_dir, {})
-    return trainer._make_trainer(model, tokenizer, space, rows, layers, settings, run), data, tokenizer, space
+    return recipe.make_trainer(model, tokenizer, space, rows, layers, settings, run), data, tokenizer, space
 
 
 ANSWERS = {
@@ -261,9 +262,9 @@ def test_the_loss_falls_on_the_answer_and_its_end_alone(style: Style, tiny_folde
         for ids, labels, real in zip(
             *(batch[key].tolist() for key in ("input_ids", "labels", "attention_mask")), strict=True
         ):
-            unmasked = [token for token in labels if token != trainer.IGNORED]
-            assert unmasked == [token for token, mark in zip(ids, labels, strict=True) if mark != trainer.IGNORED]
-            masked = [ids[i] for i, mark in enumerate(labels) if mark == trainer.IGNORED and real[i]]
+            unmasked = [token for token in labels if token != loss.IGNORED]
+            assert unmasked == [token for token, mark in zip(ids, labels, strict=True) if mark != loss.IGNORED]
+            masked = [ids[i] for i, mark in enumerate(labels) if mark == loss.IGNORED and real[i]]
             learnt.append((tokenizer.decode(masked), tokenizer.decode(unmasked)))
     before, end = DIALOGUES[style]
     assert sorted(learnt) == sorted((before % row["task"], ANSWERS[row["decision"]["topology"]] + end) for row in rows)
@@ -279,7 +280,7 @@ def test_training_and_serving_ask_with_the_same_tokens(style: Style, tiny_folder
     trained_on = set()
     for batch in loop.get_train_dataloader():
         ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
-        trained_on.add(tuple(token for token, mark in zip(ids, labels, strict=True) if mark == trainer.IGNORED))
+        trained_on.add(tuple(token for token, mark in zip(ids, labels, strict=True) if mark == loss.IGNORED))
     chosen = {"infer.base": str(tiny_folder(style)), "models.dtype": "float32"}
     backend = LocalBackend(load({key: ("test", value) for key, value in chosen.items()}, environ={}))
     assert backend.space == space
@@ -306,7 +307,7 @@ def test_max_length_shortens_the_task_and_never_the_answer(tiny_folder: Tiny, tm
     loop, dataset, tokenizer, _ = made(settings, said)
     for row, example in zip(loop.train_dataset, dataset.train, strict=True):
         assert len(row["input_ids"]) <= 260
-        answer = [token for token in row["labels"] if token != trainer.IGNORED]
+        answer = [token for token in row["labels"] if token != loss.IGNORED]
         assert tokenizer.decode(answer) == prompts.render(example.decision) + tokenizer.eos_token
     assert len(said.warnings) == 1 and said.warnings[0].startswith("1 of 4 tasks are longer than --max-length 260")
     with pytest.raises(TrainingError, match=r"example t\d.*raise --max-length"):
@@ -470,7 +471,7 @@ def test_target_modules_choose_what_is_adapted(tiny_folder: Tiny, tmp_path: Path
 def test_last_layers_alone_are_adapted_and_freezing_the_rest_changes_no_loss(
     style: Style, tiny_folder: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from router_cli import frozen
+    from router_cli.training import frozen
 
     said, rows = Recorder(), label_rows(12, 4)
     data = write_rows(tmp_path / "data.jsonl", rows)
@@ -803,10 +804,10 @@ def test_balanced_class_weights_make_every_topology_count_alike(tiny_folder: Tin
     for kind in ("none", "balanced"):
         values = {"validation_share": 0, "class_weights": kind, "topology_passes": 1, "batch_size": 1, "grad_accum": 1}
         loop, _, tokenizer, space = made(train_settings(data, tiny_folder("smollm"), tmp_path, **values))
-        choices = trainer._topology_choice(space, tokenizer)[1]
+        choices = recipe.topology_choice(space, tokenizer)[1]
         names = {tokenizer.decode([token]).strip('"'): token for token in choices}
         for batch in loop.get_train_dataloader():
-            labels = batch["labels"][0][batch["labels"][0] != trainer.IGNORED].tolist()
+            labels = batch["labels"][0][batch["labels"][0] != loss.IGNORED].tolist()
             if len(labels) > 1:
                 continue
             loop.current_gradient_accumulation_steps = 1

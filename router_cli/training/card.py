@@ -9,7 +9,7 @@ from typing import Any
 
 from router_cli.backends.local import META
 from router_cli.jsonl import replacing
-from router_cli.watch import SCORE
+from router_cli.training.watch import SCORE
 
 CURVES = "curves.png"
 

@@ -13,15 +13,15 @@ from typing import Any
 
 from router_cli import ranks
 from router_cli.backends.decoding import Decoder
-from router_cli.checkpoints import Run, saving
-from router_cli.figures import Figures
-from router_cli.frozen import FrozenLayers
 from router_cli.jsonl import read_json, write_json
 from router_cli.progress import Bar, Progress
 from router_cli.schema import Example
 from router_cli.scoring import metrics
 from router_cli.sections import TrainSettings
 from router_cli.space import DecisionSpace
+from router_cli.training.checkpoints import Run, saving
+from router_cli.training.figures import Figures
+from router_cli.training.frozen import FrozenLayers
 
 SCORE = "validation_macro_f1"
 """The log's name for what a look at the validation tasks gave."""
