@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any, Literal
 
+from router_cli.backends.caches import filling
 from tests.fake_teacher import Call, Reply
 
 How = Literal["kept", "ignored", "refused"]
@@ -62,7 +63,7 @@ class FakeVllm:
         fed = ids
         with torch.inference_mode():
             while len(tokens) < limit and (not tokens or tokens[-1] != self._tokenizer.eos_token_id):
-                scores = self._model(torch.tensor([fed]), past_key_values=cache).logits[0, -1:].float()
+                scores = self._model(torch.tensor([fed]), **filling(self._model, cache)).logits[0, -1:].float()
                 raw = scores.log_softmax(-1)[0]
                 if matcher is not None:
                     import xgrammar

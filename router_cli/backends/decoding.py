@@ -19,6 +19,7 @@ from typing import Any
 
 from router_cli import prompts
 from router_cli.backends.activated import activated
+from router_cli.backends.caches import filling
 from router_cli.backends.device import ROWS_AT_ONCE
 from router_cli.backends.search import Branch, Decoded, Found, Search, Shares, Walk
 from router_cli.backends.tree import DecisionTree
@@ -302,8 +303,7 @@ class Decoder:
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 position_ids=positions.to(device),
-                past_key_values=cache,
-                use_cache=True,
+                **filling(model, cache),
             ).logits
         finally:
             hook.remove()

@@ -200,6 +200,8 @@ def _prefill(config: Any, setup: Setup, depth: int, rows: int, length: int) -> H
     import torch
     from transformers import DynamicCache
 
+    from router_cli.backends.caches import filling
+
     model = _on_meta(config, setup.dtype, depth)
     _fuse_attention(model, setup.device)
     if setup.four_bit:
@@ -209,7 +211,8 @@ def _prefill(config: Any, setup: Setup, depth: int, rows: int, length: int) -> H
         mask = torch.ones(rows, 1, length, length, dtype=torch.bool)
     with torch.no_grad(), _Alive(model.parameters()) as alive:
         cache = DynamicCache(config=model.config)
-        found = model.get_decoder()(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        decoder = model.get_decoder()
+        found = decoder(input_ids=ids, attention_mask=mask, **filling(decoder, cache))
         del found
     return Held(alive.now, 0.0, alive.peak, alive.flops)
 

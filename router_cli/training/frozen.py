@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from router_cli.backends.caches import filling
 from router_cli.backends.device import ROWS_AT_ONCE
 
 MEMORY_SHARE = 0.25
@@ -29,11 +30,9 @@ def hidden_states(decoder: Any, ids: Any, mask: Any, shared: int, first_layer: i
     if shared == 0:
         return decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     cache = upper_cache(decoder, first_layer)
-    decoder(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
+    decoder(input_ids=ids[:1, :shared], **filling(decoder, cache))
     cache.batch_repeat_interleave(ids.shape[0])
-    return decoder(
-        input_ids=ids[:, shared:], attention_mask=mask, past_key_values=cache, use_cache=True
-    ).last_hidden_state
+    return decoder(input_ids=ids[:, shared:], attention_mask=mask, **filling(decoder, cache)).last_hidden_state
 
 
 def upper_cache(decoder: Any, first_layer: int) -> Any:
@@ -130,7 +129,7 @@ class FrozenLayers:
         caught.clear()
         # Padded on the right, where causal attention never looks: no mask is needed.
         ids = pad_sequence([torch.tensor(list(row)) for row in rows], batch_first=True, padding_value=self._pad)
-        self._decoder(ids.to(self._decoder.device), past_key_values=cache, use_cache=True)
+        self._decoder(ids.to(self._decoder.device), **filling(self._decoder, cache))
         for row, states in zip(rows, caught[0], strict=True):
             # A clone of its own: a view would keep the whole forward's storage.
             self._states[self._key(row)] = states[: len(row)].detach().clone()

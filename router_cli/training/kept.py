@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from router_cli.backends.activated import Activated
+from router_cli.backends.caches import filling
 from router_cli.backends.device import ROWS_AT_ONCE
 from router_cli.training.frozen import aside, upper_cache
 
@@ -89,12 +90,12 @@ class Prompts:
         cache, before = self._cache([tuple(prompt) for prompt in prompts_here])
         length = tokens.shape[1]
         start = torch.tensor([len(prompt) for prompt in prompts_here], device=device)
-        found = self._adapter.base.get_decoder()(
+        decoder = self._adapter.base.get_decoder()
+        found = decoder(
             **inputs,
             attention_mask=torch.cat([before, torch.ones(len(rows), length, dtype=before.dtype, device=device)], 1),
             position_ids=start[:, None] + torch.arange(length, device=device),
-            past_key_values=cache,
-            use_cache=True,
+            **filling(decoder, cache),
         )
         return found.last_hidden_state, here
 
@@ -126,13 +127,14 @@ class Prompts:
             with torch.no_grad(), self._adapter.resting():
                 if self._start is None and self._shared:
                     cache = DynamicCache()
-                    decoder(input_ids=torch.tensor([rows[0][: self._shared]], device=device), past_key_values=cache)
+                    start = torch.tensor([rows[0][: self._shared]], device=device)
+                    decoder(input_ids=start, **filling(decoder, cache))
                     self._start = _stacked(cache)[:, :, 0]
                 # Padded on the right, where causal attention never looks: no mask is needed.
                 ids = [torch.tensor(row[self._shared :]) for row in rows]
                 cache = _filled(DynamicCache(), [self._start] * len(rows)) if self._shared else DynamicCache()
                 padded = pad_sequence(ids, batch_first=True, padding_value=self._pad).to(device)
-                decoder(input_ids=padded, past_key_values=cache, use_cache=True)
+                decoder(input_ids=padded, **filling(decoder, cache))
         finally:
             hook.remove()
             decoder.train(training)
