@@ -214,8 +214,9 @@ def score(options: argparse.Namespace, folder: Path, name: str) -> dict[str, flo
     """Macro-F1 of the topology on the test split, with the ends of its 95 % interval, by the decoder that serves."""
     import numpy as np
 
+    from router_cli.backends.adapters import adapted
     from router_cli.backends.decoding import Decoder
-    from router_cli.backends.local import adapted, load
+    from router_cli.backends.local import load
     from router_cli.jsonl import read_rows
     from router_cli.scoring import metrics
 

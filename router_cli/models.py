@@ -345,7 +345,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from router_cli.backends.local import quiet
+    from router_cli.backends.library import quiet
 
     try:
         # The reader draws a bar of its own, past all of transformers' switches.

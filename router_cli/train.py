@@ -24,9 +24,11 @@ from typing import Any
 from router_cli import __version__, dataset, models, prompts, ranks
 from router_cli.backends import space_from
 from router_cli.backends.activated import activated
+from router_cli.backends.adapters import adapted
 from router_cli.backends.decoding import Decoder
 from router_cli.backends.device import best_device, fast_dtype
-from router_cli.backends.local import META, adapted, load, quiet, serving_dtype
+from router_cli.backends.library import quiet
+from router_cli.backends.local import META, load, serving_dtype
 from router_cli.errors import TrainingError, UsageError
 from router_cli.footprint.forecast import Footprint, Forecast, NoForecast
 from router_cli.jsonl import write_json, writing

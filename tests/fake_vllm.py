@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any, Literal
 
-from router_cli.backends.caches import filling
+from router_cli.backends.library import filling
 from tests.fake_teacher import Call, Reply
 
 How = Literal["kept", "ignored", "refused"]

@@ -19,8 +19,8 @@ from typing import Any
 
 from router_cli import prompts
 from router_cli.backends.activated import activated
-from router_cli.backends.caches import filling
 from router_cli.backends.device import ROWS_AT_ONCE
+from router_cli.backends.library import filling
 from router_cli.backends.search import Branch, Decoded, Found, Search, Shares, Walk
 from router_cli.backends.tree import DecisionTree
 from router_cli.errors import ModelError

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +12,10 @@ from pydantic import ValidationError
 
 from router_cli import models, prompts
 from router_cli.backends import Choice, space_from
-from router_cli.backends.activated import activated
+from router_cli.backends.adapters import adapted
 from router_cli.backends.decoding import Decoder
 from router_cli.backends.device import ROWS_AT_ONCE, best_device, fast_dtype
-from router_cli.backends.lean import streamline
+from router_cli.backends.library import quiet
 from router_cli.backends.search import SEARCHED, Decoded
 from router_cli.errors import InputError, ModelError, UsageError
 from router_cli.jsonl import read_json
@@ -200,40 +199,6 @@ def serving_dtype(settings: Settings) -> Any:
     return getattr(torch, fast_dtype(best_device()) if wanted == "auto" else wanted)
 
 
-def adapted(model: Any, adapter: Path) -> Any:
-    """The base `model` with the adapter: in its weights, or beside them where it is active on the answer alone.
-
-    Raises ModelError where the adapter does not load.
-    """
-    loaded = _with_adapter(model, adapter)
-    if activated(loaded) is None:
-        return loaded.merge_and_unload().eval()
-    streamline(loaded)
-    return loaded.eval()
-
-
-def merged(model: Any, adapter: Path) -> Any:
-    """The base `model` with the adapter in its weights. Raises ModelError where it does not load or cannot merge."""
-    loaded = _with_adapter(model, adapter)
-    if activated(loaded) is not None:
-        raise ModelError(
-            f"{adapter}: is active on the answer alone (--activated), and cannot be merged into the base's weights; "
-            "serve it with `router infer`, or train it without --activated"
-        )
-    return loaded.merge_and_unload().eval()
-
-
-def _with_adapter(model: Any, adapter: Path) -> Any:
-    from peft import PeftModel
-
-    try:
-        with quiet():
-            return PeftModel.from_pretrained(model, str(adapter))
-    except Exception as error:  # truncated or foreign weights raise whatever their reader raises
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ModelError(f"{adapter}: its adapter does not load: {first}") from None
-
-
 def features(texts: Sequence[str], name: str, settings: Settings, progress: Progress = SILENT) -> np.ndarray:
     """Mean hidden state of the frozen base's middle layer for each text: float32 [len(texts), hidden size].
 
@@ -269,27 +234,3 @@ def features(texts: Sequence[str], name: str, settings: Settings, progress: Prog
     finally:
         hook.remove()
     return rows
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' own progress bars and advice off the terminal, which is the console's."""
-    import logging as standard
-    import warnings
-
-    from transformers.utils import logging
-
-    # On a machine without its optional kernels it says so with every import, 4-bit or not.
-    standard.getLogger("bitsandbytes").setLevel(standard.ERROR)
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            # Advice to the libraries' own authors about names that change with their next version.
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -149,7 +149,7 @@ def _step(config: Any, setup: Setup, rows: int, length: int, scored: int, shared
     from peft import LoraConfig, get_peft_model
 
     from router_cli.backends.lean import lean
-    from router_cli.backends.local import quiet
+    from router_cli.backends.library import quiet
     from router_cli.training.frozen import hidden_states
 
     model = _on_meta(config, setup.dtype, setup.adapted)
@@ -200,7 +200,7 @@ def _prefill(config: Any, setup: Setup, depth: int, rows: int, length: int) -> H
     import torch
     from transformers import DynamicCache
 
-    from router_cli.backends.caches import filling
+    from router_cli.backends.library import filling
 
     model = _on_meta(config, setup.dtype, depth)
     _fuse_attention(model, setup.device)
@@ -287,7 +287,7 @@ def _on_meta(config: Any, dtype: str, layers: int | None = None) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from router_cli.backends.local import quiet
+    from router_cli.backends.library import quiet
 
     config = copy.deepcopy(config)
     if layers is not None:

@@ -68,7 +68,7 @@ def shape_of(name: str, settings: Settings) -> Shape:
     """The shape of the base model `name`. Raises ModelError where its configuration cannot be had."""
     from transformers import AutoConfig
 
-    from router_cli.backends.local import quiet
+    from router_cli.backends.library import quiet
 
     found = models.at_hand(name, settings)
     if found is None:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from router_cli import models
-from router_cli.backends.local import META, load, merged, quiet, read_meta
+from router_cli.backends.adapters import merged
+from router_cli.backends.library import quiet
+from router_cli.backends.local import META, load, read_meta
 from router_cli.errors import TrainingError
 from router_cli.jsonl import read_json, write_json, writing
 from router_cli.models import file_sha256

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from router_cli.backends.caches import filling
 from router_cli.backends.device import ROWS_AT_ONCE
+from router_cli.backends.library import filling
 
 MEMORY_SHARE = 0.25
 """The share of free memory that the kept states may take; above it, training runs the ordinary way."""

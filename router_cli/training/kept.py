@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from router_cli.backends.activated import Activated
-from router_cli.backends.caches import filling
 from router_cli.backends.device import ROWS_AT_ONCE
+from router_cli.backends.library import filling
 from router_cli.training.frozen import aside, upper_cache
 
 MEMORY_SHARE = 0.4

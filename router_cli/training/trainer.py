@@ -15,7 +15,7 @@ from router_cli import prompts, ranks
 from router_cli.backends.activated import activated
 from router_cli.backends.device import best_device
 from router_cli.backends.lean import lean
-from router_cli.backends.local import quiet
+from router_cli.backends.library import quiet
 from router_cli.errors import OutputError, TrainingError
 from router_cli.jsonl import read_json, reason, write_json
 from router_cli.progress import Progress

@@ -12,9 +12,10 @@ import pytest
 
 from router_cli import prompts
 from router_cli.backends.activated import Activated, activated, invocation
+from router_cli.backends.adapters import merged
 from router_cli.backends.decoding import Decoder
 from router_cli.backends.lean import lean
-from router_cli.backends.local import LocalBackend, merged
+from router_cli.backends.local import LocalBackend
 from router_cli.errors import ModelError, UsageError
 from router_cli.settings import load
 from router_cli.space import DecisionSpace
