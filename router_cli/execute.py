@@ -27,6 +27,7 @@ from router_cli.jsonl import Appender, dumps, replacing, writing
 from router_cli.labelling.streams import Source
 from router_cli.progress import SILENT, Bar, Progress
 from router_cli.schema import Decision, Message, Usage
+from router_cli.scoring.outcomes import OUTCOMES
 from router_cli.settings import Settings
 from router_cli.space import DecisionSpace
 from router_cli.teachers import total
@@ -37,7 +38,7 @@ from router_cli.teams.sandbox import Sandbox, Verdict
 from router_cli.teams.team import NOTHING, Work, work
 from router_cli.teams.workers import EndpointWorker, Said, Worker, check_budget
 
-CALLS, OUTCOMES = "calls.jsonl", "outcomes.jsonl"
+CALLS = "calls.jsonl"
 GRACE_SECONDS = 10.0
 """How long answers on their way are waited for after a final refusal."""
 

@@ -117,6 +117,7 @@ def _systems(settings: Settings, space: DecisionSpace) -> list[System]:
         "cascade",
         "priced cascade",
         "knn",
+        "random",
         "same-mix coin",
         "same-cost coin",
     }

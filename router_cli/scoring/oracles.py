@@ -74,11 +74,13 @@ def rerun_noise(table: Table, first: Policy, best: Policy, strong: int) -> Rerun
     rows = np.flatnonzero(known & (first.choice >= 0) & (first.choice != strong))
     # A cell's mean varies by p (1 - p) / runs from one recording to the next, and 2 p (1 - p) is the share of pairs.
     variance = share / 2 / table.repeats[rows, first.choice[rows]] + share / 2 / table.repeats[rows, strong]
+    gain, tasks = float((first.solved - best.solved)[known].mean()), int(known.sum())
     return RerunNoise(
         differing=share,
         cells=cells,
-        gain=float((first.solved - best.solved)[known].mean()),
-        half_width=float(_Z * math.sqrt(variance.sum()) / known.sum()),
+        gain=gain,
+        half_width=float(_Z * math.sqrt(variance.sum()) / tasks),
+        settled_by=math.ceil(share * len(rows) * (_Z / (gain * tasks)) ** 2) if gain else None,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 TOPOLOGIES: tuple[str, ...] = get_args(Topology)
 Unit = Literal["USD", "tokens", "rank"]
+OUTCOMES = "outcomes.jsonl"
+"""The file of rows in the folder of a run."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def locate_outcomes(name: str) -> str:
 
 
 def read_outcomes(path: str, worker: str | None = None) -> Recorded:
-    """Read outcome rows, of one `worker` alone where it is given.
+    """Read the outcome rows of a file or of a folder of runs, of one `worker` alone where it is given.
 
     Raises InputError naming file and line of a row that is no outcome or repeats another, and for a file without any.
     """
@@ -107,8 +109,8 @@ def read_outcomes(path: str, worker: str | None = None) -> Recorded:
     seen: dict[tuple[object, ...], int] = {}
     workers: Counter[str | None] = Counter()
     formless = 0
-    for line, _, raw in read_entries(locate_outcomes(path)):
-        where = f"{path}:{line}"
+    for file, line, raw in _entries(path):
+        where = f"{file}:{line}"
         row = _outcome(raw, where)
         workers[row.worker] += 1
         if row.text is not None:
@@ -117,9 +119,9 @@ def read_outcomes(path: str, worker: str | None = None) -> Recorded:
             splits.setdefault((row.benchmark or "", row.task_id), row.split)
         if worker is not None and row.worker != worker:
             continue
-        # Two rows that both say which repeat they are cannot be the same one; rows that do not are just more runs.
+        # Two rows of a file that both say which repeat they are cannot be the same one; others are just more runs.
         if "repeat" in raw:
-            key = (row.benchmark, row.worker, row.task_id, row.topology, raw.get("strategy"), row.repeat)
+            key = (file, row.benchmark, row.worker, row.task_id, row.topology, raw.get("strategy"), row.repeat)
             if key in seen:
                 raise InputError(f"{where}: is the same run as line {seen[key]}; number the repeats of a run apart")
             seen[key] = line
@@ -133,6 +135,23 @@ def read_outcomes(path: str, worker: str | None = None) -> Recorded:
     if not rows:
         raise InputError(f"{path}: holds no outcome of a topology ({', '.join(TOPOLOGIES)})")
     return Recorded(tuple(rows), texts, splits, formless)
+
+
+def _entries(path: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Every row of a file, or of the runs in a folder, with its file and line."""
+    for file in _files(locate_outcomes(path)):
+        for line, _, raw in read_entries(file):
+            yield file if Path(path).is_dir() else path, line, raw
+
+
+def _files(path: str) -> list[str]:
+    """A file by itself; of a folder what `router eval --execute` wrote there, and in the folders in it."""
+    if not Path(path).is_dir():
+        return [path]
+    found = [str(one) for pattern in (OUTCOMES, f"*/{OUTCOMES}") for one in sorted(Path(path).glob(pattern))]
+    if not found:
+        raise InputError(f"{path}: holds no {OUTCOMES}, neither itself nor in a folder in it")
+    return found
 
 
 def _outcome(raw: dict[str, Any], where: str) -> Outcome:

@@ -185,6 +185,13 @@ def always(table: Table) -> list[Policy]:
     return found
 
 
+def coin(table: Table) -> Policy:
+    """Any of the executed topologies, all with the same chance."""
+    import numpy as np
+
+    return mixed(table, "random", "random", np.full(len(table.topologies), 1 / len(table.topologies)))
+
+
 def same_mix(table: Table, router: Policy, name: str = "same-mix coin") -> Policy:
     """A coin with the shares of a policy's own choices."""
     import numpy as np
@@ -218,22 +225,24 @@ def same_price(table: Table, router: Policy, fixed: Sequence[Policy]) -> Policy 
 def cascade(table: Table, strong: int) -> Policy | None:
     """The cheapest topology first, column `strong` where that run's recorded evidence is a failure; both are paid.
 
-    None where no run of the cheapest topology records evidence; a task whose runs do not is NaN.
+    A run without evidence stands, as in `router run`: what cannot be known fires nothing. None where no run of the
+    cheapest topology records evidence. A task that either was not executed on is NaN.
     """
     import numpy as np
 
     found = np.full((5, len(table.tasks)), np.nan)
-    escalated = []
+    escalated, recorded = [], False
     first, then = values_of(table)[:, :, 0], values_of(table)[:, :, strong]
     for i, (runs, *_) in enumerate(table.runs):
-        if not runs or any(run.evidence is None for run in runs) or not table.executed[i, strong]:
+        if not runs or not table.executed[i, strong]:
             continue
-        share = sum(not run.evidence for run in runs) / len(runs)
-        kept = sum(run.solved for run in runs if run.evidence) / len(runs)
+        recorded = recorded or any(run.evidence is not None for run in runs)
+        share = sum(run.evidence is False for run in runs) / len(runs)
+        kept = sum(run.solved for run in runs if run.evidence is not False) / len(runs)
         escalated.append(share)
         found[:, i] = first[:, i] + (0.0 if share == 0 else share * then[:, i])
         found[0, i] = kept + share * then[0, i]
-    if not escalated or strong == 0:
+    if not recorded or strong == 0:
         return None
     up = sum(escalated) / len(escalated)
     names = table.topologies

@@ -99,6 +99,7 @@ def _judge(
     score = brought[first.name].score if first.kind == "router" else None
     oracle, crossed = oracles.oracle(table)
     others = [
+        policies.coin(table),
         policies.same_mix(table, first) if first.kind == "router" else None,
         policies.same_price(table, first, fixed) if first.kind == "router" else None,
         policies.cascade(table, strong),

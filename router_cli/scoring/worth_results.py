@@ -56,13 +56,15 @@ class RerunNoise(Record):
 
     `differing` is the share of pairs of identical runs that do not both solve, or both not solve, the task: measured
     over `cells`, or (`cells` 0) taken from other recorded runs. `half_width` is how far rerunning moves the router's
-    difference to the best fixed topology in 19 of 20 cases.
+    difference to the best fixed topology (`gain`) in 19 of 20 cases; with `settled_by` runs of every cell it would be
+    less than the gain.
     """
 
     differing: float
     cells: int
     gain: float | None = None
     half_width: float | None = None
+    settled_by: int | None = None
 
 
 class TeacherRegret(Record):

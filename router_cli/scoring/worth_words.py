@@ -7,6 +7,9 @@ from router_cli.scoring.metrics import entropy
 from router_cli.scoring.wording import FEW_TASKS, hardly_varies, interval
 from router_cli.scoring.worth_results import PolicyRow, Replayed
 
+MANY_REPEATS = 1000
+"""Where more would be needed, there is no difference to speak of."""
+
 
 def summary(found: Replayed) -> tuple[str, str]:
     """How much the judged router solves at what cost, and what it is better and worse than."""
@@ -70,13 +73,15 @@ def _flaws(found: Replayed) -> list[str]:
 
 def _noise(found: Replayed) -> list[str]:
     noise = found.noise
-    if noise.gain is None or noise.half_width is None or not 0 < noise.gain <= noise.half_width:
+    if noise.gain is None or noise.half_width is None or not 0 < abs(noise.gain) <= noise.half_width:
         return []
+    enough = noise.settled_by or 0
+    settled = f"about {enough:,} repeats" if enough <= MANY_REPEATS else f"not even {MANY_REPEATS} repeats"
     where = "measured on the repeats" if noise.cells else "taken from other recorded reruns, for there are no repeats"
     return [
-        f"The gain over the best fixed topology, {noise.gain:+.3f}, is inside rerun noise: running the same decisions "
-        f"again moves it by up to {noise.half_width:.3f} (two identical runs differ on {noise.differing:.1%} of the "
-        f"tasks, {where})."
+        f"The difference to the best fixed topology, {noise.gain:+.3f}, is inside rerun noise: running the same "
+        f"decisions again moves it by up to {noise.half_width:.3f} (two identical runs differ on {noise.differing:.1%} "
+        f"of the tasks, {where}); {settled} of every task and topology would settle it."
     ]
 
 

@@ -76,6 +76,22 @@ def test_workers_and_benchmarks_are_apart_and_share_a_tasks_text(tmp_path):
     assert [(found.texts, found.splits) for found in tables(alone)] == [(("Sort.",), ("train",))]
 
 
+def test_a_folder_is_the_runs_in_it(tmp_path):
+    one = write(tmp_path / "one.jsonl", run("a", "single", True, repeat=0), run("a", "chain", False, repeat=0))
+    for name in ("first", "second"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "outcomes.jsonl").write_bytes(Path(one).read_bytes())
+    assert len(read_outcomes(str(tmp_path / "runs" / "first")).rows) == 2
+    (both,) = tables(read_outcomes(str(tmp_path / "runs")))
+    assert both.repeats.tolist() == [[2, 2]]  # each folder's runs are others
+    (tmp_path / "runs" / "second" / "outcomes.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match=r"second/outcomes\.jsonl:1: expected an outcome"):
+        read_outcomes(str(tmp_path / "runs"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty: holds no outcomes\.jsonl"):
+        read_outcomes(str(tmp_path / "empty"))
+
+
 def test_runs_without_a_topology_are_counted_apart(tmp_path):
     path = write(tmp_path / "o.jsonl", run("a", None, True), run("a", "single", True))
     assert (read_outcomes(path).formless, len(read_outcomes(path).rows)) == (1, 1)

@@ -65,7 +65,7 @@ def test_a_perfect_router_is_the_oracle_and_both_files_say_so(judge, tmp_path):
     first = one.policies[0]
     assert (first.name, first.solved.value, first.dollars.value) == ("router", 1.0, 1.25)
     assert {row.name for row in one.policies} == {
-        "router", "always single", "always chain", "same-mix coin", "same-cost coin", "oracle",
+        "router", "always single", "always chain", "random", "same-mix coin", "same-cost coin", "oracle",
     }  # fmt: skip
     metrics = one.metrics
     assert (metrics.pgr.value, metrics.apgr.value, metrics.cpt_50, metrics.cpt_80) == (1.0, 0.75, 0.25, 0.4)
@@ -96,6 +96,8 @@ def test_policies_are_judged_without_a_router_too(judge):
     (one,) = judge(runs(), None).tables
     assert one.policies[0].name == "always single"
     assert one.metrics is None
+    random = next(row for row in one.policies if row.name == "random")
+    assert (random.solved.value, random.dollars.value, random.mix) == (0.75, 1.25, {"single": 0.5, "chain": 0.5})
     assert {row.name: row.solved_difference.verdict for row in one.policies[1:]}["always chain"] == "worse"
 
 

@@ -154,6 +154,9 @@ def test_a_gain_inside_rerun_noise_is_named_and_a_large_one_is_not(gained: int, 
     assert found.noise.gain == pytest.approx(gained / 100)
     assert found.noise.half_width == pytest.approx(1.96 * (20 * 22 / 257) ** 0.5 / 100, abs=1e-5)
     assert any("inside rerun noise" in said for said in found.warnings) == inside
+    # Every repeat divides the variance: with so many of them the noise is just below the gain.
+    assert found.noise.settled_by == (2 if inside else 1) and found.noise.half_width / 2**0.5 < 0.02
+    assert any("about 2 repeats of every task and topology would" in said for said in found.warnings) == inside
 
 
 def test_decisions_for_what_never_ran_fall_to_the_routers_most_probable_one_that_did():
@@ -206,6 +209,10 @@ def test_the_cascade_pays_for_both_runs_where_the_evidence_fails():
     assert found.dollars.tolist() == [1, 5, 1, 5]
     assert found.mix == {"single": 1.0, "chain": 0.5}
     assert policies.cascade(world(np.ones((3, 2)), 1, 0), 1) is None
+    # What shows nothing fires nothing, as in `router run`: the first run stands, and the task is judged.
+    rows += [Outcome(task_id="t4", topology=name, solved=True, cost=1.0) for name in ("single", "chain")]
+    found = policies.cascade(tables(Recorded(tuple(rows), {}, {}, 0))[0], 1)
+    assert found.solved.tolist() == [1, 1, 0, 0, 1] and found.mix["chain"] == pytest.approx(0.4)
 
 
 def test_the_cascade_of_measured_runs_is_what_was_found_by_hand():
