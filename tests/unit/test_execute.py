@@ -24,6 +24,8 @@ from router_cli.execute import CALLS, _alone, execute
 from router_cli.executing import judge_executed
 from router_cli.schema import Message, Usage
 from router_cli.settings import Settings, load
+from router_cli.space import DecisionSpace
+from router_cli.teams.given import given_decision
 from router_cli.teams.problems import read_problems
 from router_cli.teams.workers import Said
 from tests.fake_teacher import Call, FakeTeacher, Reply
@@ -31,6 +33,7 @@ from tests.fake_teacher import Call, FakeTeacher, Reply
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the sandbox needs Linux or macOS")
 
 RATES = {"single": 0.35, "chain": 0.6, "centralized": 0.9, "decentralized": 0.15}
+KILLS = 20
 KINDS = {"alone": "single", "stage": "chain", "lead": "centralized", "peers": "decentralized"}
 
 
@@ -61,11 +64,14 @@ class Simulated:
         self.prompts.append(system + user)
         return Said(self.text(system, user, sample), self.model, Usage(prompt_tokens=100, completion_tokens=50), 0.1)
 
+    def rate(self, number: int, topology: str) -> float:
+        return RATES[topology]
+
     def text(self, system: str, user: str, sample: int) -> str:
         number = re.search(r"def f(\d+)", user)[1]  # type: ignore[index]
         topology = KINDS[next(word for word in KINDS if word in system.partition("team.")[2])]
         key = f"{number} {topology} {sample}"
-        solved = random.Random(hashlib.sha256(key.encode()).hexdigest()).random() < RATES[topology]
+        solved = random.Random(hashlib.sha256(key.encode()).hexdigest()).random() < self.rate(int(number), topology)
         code = f"```python\ndef f{number}(x):\n    return x + {number if solved else -1}\n```"
         return {"centralized": f"FINISH\n{code}", "decentralized": f"{code}\nNEXT: finish"}.get(topology, code)
 
@@ -109,6 +115,48 @@ def test_the_true_ranking_of_the_topologies_comes_out(tmp_path: Path) -> None:
     assert all(row["evidence"] is row["solved"] for row in found)
 
 
+class Uneven(Simulated):
+    """Every third task needs a team, every third is hard for all, every third is easy for all."""
+
+    def rate(self, number: int, topology: str) -> float:
+        return (0.9 if topology == "centralized" else 0.2, 0.1, 0.8)[number % 3]
+
+
+@pytest.mark.slow
+def test_the_oracle_of_executions_is_worth_what_its_choices_are(tmp_path: Path) -> None:
+    data, worker = write_problems(tmp_path / "toy.jsonl", 60), Uneven()
+    done, report = judge_executed(settings(data, eval__repeats=3), worker=worker)
+    [table] = report.tables
+    cells: dict[tuple[str, str], dict[int, bool]] = {}
+    for row in rows(done.outcomes):
+        cells.setdefault((row["task_id"], row["topology"]), {})[row["repeat"]] = row["solved"]
+    worth = flattered = 0.0
+    for i in range(60):
+        runs = {name: cells[f"T/{i}", name] for name in table.topologies}  # the cheapest first
+        flattered += max(sum(one.values()) / 3 for one in runs.values()) / 60
+        for held in range(3):
+            best = max(runs, key=lambda name: sum(solved for r, solved in runs[name].items() if r != held))
+            worth += worker.rate(i, best) / 180
+    oracle = next(row for row in table.policies if row.name == "oracle").solved
+    assert oracle.low < worth < oracle.high < flattered and table.oracle.cross_fitted
+    assert table.oracle.optimism == pytest.approx(flattered - oracle.value)
+
+
+def test_a_router_that_equals_always_single_is_named_as_such(tmp_path: Path) -> None:
+    data = write_problems(tmp_path / "toy.jsonl", 10)
+    space = DecisionSpace(("planner", "builder", "tester", "refractor"))
+    single = given_decision("single", space).model_dump(mode="json")
+    lines = [json.dumps({"task_id": f"T/{i}", "decision": single}) for i in range(10)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    _, report = judge_executed(settings(data, eval__predictions=str(tmp_path / "p.jsonl")), worker=Simulated())
+    [table] = report.tables
+    fixed = next(row for row in table.policies if row.name == "always single")
+    assert "every task gets single, so it is worth what always single is" in table.warnings[0]
+    assert table.policies[0].solved == fixed.solved and fixed.solved_difference is not None
+    assert fixed.solved_difference.verdict == "cannot tell" and fixed.solved_difference.score.value == 0
+    assert {"random", "cascade", "oracle"} <= {row.name for row in table.policies}
+
+
 def test_a_routers_own_team_works_where_its_topology_is_tried(tmp_path: Path) -> None:
     data = write_problems(tmp_path / "toy.jsonl", 3)
     decision = {
@@ -129,13 +177,19 @@ def test_a_routers_own_team_works_where_its_topology_is_tried(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_no_hidden_test_reaches_a_prompt_of_the_whole_of_humaneval(tmp_path: Path) -> None:
-    class Echo(Simulated):
-        def text(self, system: str, user: str, sample: int) -> str:
-            return "NEXT: finish" if "peers" in system else "FINISH\npass" if "lead" in system else "pass"
+    class Wrong(Simulated):
+        """A team that talks: the manager assigns and sees the result, peers go on, and every function is wrong."""
 
-    worker = Echo()
+        def text(self, system: str, user: str, sample: int) -> str:
+            name = re.findall(r"def (\w+)", user.partition("Result of")[0])[-1]
+            code = f"```python\ndef {name}(*given):\n    return given\n```"
+            if "You lead" in system:
+                return f"FINISH\n{code}" if "Result of" in user else "ASSIGN builder: write it\nASSIGN tester: try it"
+            return code + ("\nNEXT: finish" if "Result of" in user else "\nNEXT: tester") * ("Your peers" in system)
+
+    worker = Wrong()
     execute(settings(tmp_path / "x", eval__data="humaneval", eval__output_dir=str(tmp_path / "out")), {}, worker=worker)
-    assert len(worker.prompts) >= 164 * 5
+    assert len(worker.prompts) == 164 * (1 + 4 + 4 + 2)
     said = "\n".join(row["answer"] + str(row["messages"]) for row in rows(tmp_path / "out" / CALLS))
     everything = "\n".join(worker.prompts) + said
     tests = [line.strip() for one in read_problems(["humaneval"]) for line in one.tests.splitlines()]
@@ -183,7 +237,7 @@ def test_a_worker_without_an_answer_is_a_task_unsolved(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_run_pays_again_only_for_what_was_on_its_way(tmp_path: Path) -> None:
-    data, drawn = write_problems(tmp_path / "toy.jsonl", 12), random.Random(4)
+    data, drawn = write_problems(tmp_path / "toy.jsonl", 80), random.Random(4)
     out = tmp_path / "out"
     with FakeTeacher(behave=lambda call: Reply("pass", delay=0.05)) as server:
         command = [
@@ -198,17 +252,18 @@ def test_a_killed_run_pays_again_only_for_what_was_on_its_way(tmp_path: Path) ->
         ]
         command += ["--output-dir", str(out), "--base-url", server.url, "--concurrency", "6", "--resamples", "100"]
         environ = {**os.environ, "OPENAI_API_KEY": "none"}
-        for _ in range(4):
+        for _ in range(KILLS):
             with subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
                 calls = len(server.calls)
                 while len(server.calls) == calls and child.poll() is None:
                     time.sleep(0.01)
-                time.sleep(drawn.uniform(0.05, 0.6))
+                time.sleep(drawn.uniform(0, 0.25))
                 child.send_signal(signal.SIGKILL)
+                assert child.wait() == -signal.SIGKILL  # each moment was one of a run at work
         assert subprocess.run(command, env=environ, capture_output=True).returncode == 0
     keys = [row["key"] for row in rows(out / CALLS)]
-    assert len(keys) == len(set(keys)) and len(server.calls) <= len(keys) + 4 * 6
-    assert len(rows(out / "outcomes.jsonl")) == 48
+    assert len(keys) == len(set(keys)) and len(server.calls) <= len(keys) + KILLS * 6
+    assert len(rows(out / "outcomes.jsonl")) == len(RATES) * 80
 
 
 def test_two_commands_do_not_work_in_one_folder(tmp_path: Path) -> None:
