@@ -3,7 +3,7 @@
 Text alone hardly tells where a team helps; a cheap try does (docs/worth.md). What may be looked at is the task's own
 text and the cheap answer: never a hidden test. Each trigger is an option:
 
-    examples   an example that the task shows (a doctest, `f(1) == 2`) fails
+    examples   an example that the task shows (a doctest, `assert f(1) == 2`) fails
     runs       the code does not load
     disagree   two cheap answers act differently on the task's examples, or are different code where it has none
     unsure     the router gives the cheap formation less than `run.unsure_below`; then the cheap try is left out

@@ -83,7 +83,8 @@ def _problem(row: Mapping[str, Any], benchmark: str) -> Problem:
 def examples_in(text: str, entry_point: str | None = None) -> str:
     """The examples in a task's text as assert statements; empty where there are none that can be read.
 
-    Without an `entry_point` only those of doctests: which function prose speaks of cannot be told.
+    Those of doctests and assert statements, and those that prose gives of the `entry_point`: without one, of the
+    functions that the text begins to define.
     """
     asserts = [f"assert ({call}) == ({value})" for call, value in _calls(text, entry_point)]
     return "\n".join(dict.fromkeys(asserts))
@@ -96,12 +97,17 @@ def _calls(given: str, entry: str | None) -> Iterator[tuple[str, str]]:
             yield from _read(example.source, example.want, entry)
     except ValueError:  # a docstring that only looks like one
         pass
-    for line in given.splitlines() if entry else ():
-        at = line.find(f"{entry}(")
-        if at >= 0 and not line.lstrip().startswith((">>>", "def ", "async def ")):
-            parts = re.split(r"==|➞|=>|->|\breturns?\b", line[at:], maxsplit=1)
-            if len(parts) == 2:
-                yield from _read(parts[0], parts[1].strip().rstrip("."), entry)
+    names = [entry] if entry else list(dict.fromkeys(re.findall(r"^\s*(?:async )?def (\w+)\(", given, re.MULTILINE)))
+    for line in given.splitlines():
+        asserted = [part.partition("==") for part in re.split(r"\bassert\b", line)[1:]]
+        for call, _, value in asserted:
+            yield from _read(call, value.strip().rstrip("`.;,"), entry)
+        for name in () if asserted else names:
+            at = line.find(f"{name}(")
+            if at >= 0 and not line.lstrip().startswith((">>>", "def ", "async def ")):
+                parts = re.split(r"==|➞|=>|->|\breturns?\b", line[at:], maxsplit=1)
+                if len(parts) == 2:
+                    yield from _read(parts[0], parts[1].strip().rstrip("."), name)
 
 
 def _read(source: str, want: str, entry: str | None) -> Iterator[tuple[str, str]]:

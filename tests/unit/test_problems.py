@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from router_cli.errors import InputError
-from router_cli.teams.problems import read_problems
+from router_cli.teams.problems import examples_in, read_problems
 
 
 def read(tmp_path: Path, *rows: dict[str, object]):
@@ -37,6 +37,28 @@ def test_examples_are_what_the_docstring_says(tmp_path: Path) -> None:
         "assert (f(2)) == ([4])",
         "assert (f([1])) == (None)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "examples"),
+    [
+        ("Add one.\nIt has to satisfy: assert g(1) == 2", ["assert (g(1)) == (2)"]),
+        (
+            "Add one: `assert g(1) == 2`; assert g([2], 1) == [3].",
+            ["assert (g(1)) == (2)", "assert (g([2], 1)) == ([3])"],
+        ),
+        ('def g(x):\n    """Add one. g(1) returns 2.\n    h(1) == 2\n    """', ["assert (g(1)) == (2)"]),
+        ("Write g so that g(1) == 2.", []),
+        ("Sort. assert g(a) == b", []),
+    ],
+)
+def test_a_text_alone_shows_its_asserts_and_what_it_says_of_what_it_defines(text: str, examples: list[str]) -> None:
+    assert examples_in(text).splitlines() == examples
+
+
+def test_a_text_alone_shows_what_a_problem_shows() -> None:
+    problems = read_problems(["humaneval"])
+    assert [examples_in(one.task.text) for one in problems] == [one.examples for one in problems]
 
 
 def test_mbpp_shows_one_test_and_hides_the_others(tmp_path: Path) -> None:
