@@ -14,6 +14,7 @@ from router_cli import __version__, options
 from router_cli.console import Console
 from router_cli.errors import RouterError
 from router_cli.options import Call, with_settings
+from router_cli.settings import Settings
 
 INTERRUPTED = 130
 
@@ -99,20 +100,27 @@ def train(call: Call) -> None:
 @app.command(rich_help_panel="The loop")
 @with_settings("infer", *SPACE, "endpoint.base_url", "endpoint.timeout", "label.max_cost", "label.yes", *BASES)
 def infer(
-    call: Call, task: Annotated[str | None, typer.Argument(help="One task as text; or pass --data.")] = None
+    call: Call, task: Annotated[str | None, typer.Argument(help="One task as text, or -; or pass --data.")] = None
 ) -> int:
     """Decide for one task, for a file of them, or for a folder of files."""
     from router_cli import bulk
     from router_cli.infer import infer
     from router_cli.summaries.infer import decided, sharded
 
-    if bulk.wanted(call.settings):
-        shards = bulk.infer_shards(call.settings, task, call.console)
+    settings, task = _piped(call.settings, task)
+    if bulk.wanted(settings):
+        shards = bulk.infer_shards(settings, task, call.console)
         call.console.result(*sharded(shards))
         return 3 if shards.skipped else 0
-    result = infer(call.settings, task, call.console, call.console.confirm)
-    call.console.result(*decided(result, call.console.as_json))
+    result = infer(settings, task, call.console, call.console.confirm)
+    call.console.result(*decided(result, task is not None))
     return 3 if result.skipped else 0
+
+
+def _piped(settings: Settings, task: str | None) -> tuple[Settings, str | None]:
+    """A lone `-` is standard input, as `--data -` is, and no task."""
+    piped = task == "-" and not settings.infer.data
+    return (settings.with_values(infer__data=["-"]), None) if piped else (settings, task)
 
 
 @app.command(rich_help_panel="The loop")

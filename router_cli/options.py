@@ -75,6 +75,7 @@ def with_settings(section: str | None, *shared: str) -> Callable[[Callable[..., 
         made = [_option(key, names[key]) for key in keys] + [_negation(names[key]) for key in flags]
         run.__signature__ = inspect.Signature([*own, *made, *_globals()])  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in (*own, *made, *_globals())}
+        run.keys = tuple(keys)  # type: ignore[attr-defined]  # what its options set, for the docs
         return run
 
     return decorate

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,15 +159,22 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
         if name.upper() in by_name:
             if value:  # an empty variable is an unset one, as for the names above
                 found[by_name[name.upper()]] = (name, value)
-        elif _meant_for_us(name.upper()):
+        elif _meant_for_us(name.upper(), value, by_name):
             raise SettingsError(f"{name}: there is no such setting{nearest(name.upper(), by_name)}")
     return found
 
 
-def _meant_for_us(name: str) -> bool:
-    # Kubernetes sets ROUTER_SERVICE_HOST, ROUTER_PORT and the like wherever a service is called router.
+# What Kubernetes and Docker set for services called router, router-serve and the like.
+_SERVICE = re.compile(r"_SERVICE_(HOST|PORT)(_\w+)?$|_PORT_\d+_(TCP|UDP|SCTP)(_\w+)?$")
+
+
+def _meant_for_us(name: str, value: str, known: Iterable[str]) -> bool:
+    if not name.startswith(PREFIX) or "__" in name:
+        return name.startswith(PREFIX)
+    if _SERVICE.search(name) or re.match("(tcp|udp|sctp)://", value):
+        return False
     section = name.removeprefix(PREFIX).split("_")[0].lower()
-    return name.startswith(PREFIX) and ("__" in name or section in Settings.model_fields)
+    return section in Settings.model_fields or bool(difflib.get_close_matches(name, known, n=1, cutoff=0.85))
 
 
 def _build(values: Mapping[str, Any], origins: dict[str, str]) -> Settings:

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from router_cli.cli import app
-from router_cli.options import FIELDS
+from router_cli.options import FIELDS, GLOBAL
 from router_cli.settings import Settings, variable
 
 FILE = Path(__file__).parents[1] / "docs" / "settings.md"
@@ -34,6 +34,15 @@ Options are spelled with dashes or underscores. One that switches something on h
 | `HF_TOKEN` | `models.hf_token` |
 
 Made from the code by `{REGENERATE}`.
+
+## Options of every command
+
+| option | |
+|---|---|
+{{everywhere}}
+
+`router --version` names the version, `router --show-completion` prints what `router --install-completion` puts into the
+shell's own start file.
 """
 
 
@@ -53,7 +62,7 @@ def commands() -> dict[str, Any]:
 
 def page() -> str:
     """The whole page."""
-    parts = [HEAD]
+    parts = [HEAD.replace("{everywhere}", "\n".join(_everywhere()))]
     for section, info in Settings.model_fields.items():
         kind: Any = info.annotation
         parts.append(
@@ -61,15 +70,16 @@ def page() -> str:
         )
         for key in (key for key in FIELDS if key.split(".")[0] == section):
             name, text = key.split(".")[1], FIELDS[key].description
-            own = [words for words, one in commands().items() if any(_is(option, name, text) for option in one.params)]
+            own = [words for words, one in commands().items() if key in getattr(one.callback, "keys", ())]
             option = f"`--{name.replace('_', '-')}` of {', '.join(own)}" if own else "only `--set`"
             parts.append(f"| `{key}` | {option} | `{variable(key)}` | {_default(key)} | {text} |")
     return "\n".join(parts) + "\n"
 
 
-def _is(option: Any, name: str, text: str) -> bool:
-    """Whether a command's option sets the field: several sections have a field of that name."""
-    return option.name == name and (option.help or "").startswith(text)
+def _everywhere() -> list[str]:
+    """A row for each option that every command takes and that is no setting."""
+    shared = [one for one in commands()["label"].params if getattr(one, "rich_help_panel", None) == GLOBAL]
+    return [f"| {', '.join(f'`{one}`' for one in option.opts)} | {option.help} |" for option in shared]
 
 
 def _default(key: str) -> str:

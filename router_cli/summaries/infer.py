@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from router_cli.infer import InferResult
 
 
-def decided(result: InferResult, as_json: bool) -> Shown:
-    """One task as a small table, a file as a line about it, standard output as JSON lines."""
+def decided(result: InferResult, one: bool) -> Shown:
+    """`one` task as a small table, a file as a line about it, standard output as JSON lines, one line too."""
     if result.output is not None:
         lines = [f"{result.decided} decisions added to {result.output} ({result.resumed} from before)"]
         if result.fallbacks:
@@ -28,7 +28,7 @@ def decided(result: InferResult, as_json: bool) -> Shown:
             lines.append(f"{result.skipped} lines could not be read and were skipped")
         return Text("\n".join(lines)), document(result)
     rows = [row.model_dump(mode="json") for row in result.predictions]
-    if len(rows) == 1:
+    if one:
         return decision_table(result.predictions[0]), rows[0]
     return Text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows)), {"predictions": rows}
 

@@ -203,6 +203,30 @@ def test_output_reaches_a_stream_of_a_narrow_encoding(tmp_path: Path) -> None:
     assert done.returncode == 0 and "\\u89c4\\u5212" in done.stdout, done.stderr
 
 
+def infer_of_stdin(text: str, *argv: str) -> str:
+    """What `router infer` prints about tasks that PowerShell pipes."""
+    done = subprocess.run(
+        [sys.executable, "-m", "router_cli", "infer", "--backend", "heuristic", "-q", *argv],
+        input=text.encode("utf-16"),
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.decode()
+
+
+def test_a_lone_dash_is_standard_input_and_no_task() -> None:
+    for argv in (["-"], ["--data", "-"]):
+        printed = infer_of_stdin("Sort a list.\nReverse a string.\n", *argv)
+        assert len({json.loads(line)["task_id"] for line in printed.splitlines()}) == 2
+
+
+def test_a_stream_of_one_task_is_rows_like_any_other_stream() -> None:
+    [row] = infer_of_stdin("Sort a list.\n", "-").splitlines()
+    assert json.loads(row)["decision"]["topology"] == "single"
+    assert len(json.loads(infer_of_stdin("Sort a list.\n", "-", "--json"))["predictions"]) == 1
+
+
 # -- config show ------------------------------------------------------------------------------------------------
 
 

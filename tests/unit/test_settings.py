@@ -123,13 +123,33 @@ def test_unknown_names_in_the_file(empty_folder: Path, toml: str, words: str) ->
     assert refused().startswith(words)
 
 
-@pytest.mark.parametrize("name", ["ROUTER_TRAIN__LRR", "ROUTER_TRAIN_LR", "router_train__lrr", "ROUTER_TRIAN__LR"])
+@pytest.mark.parametrize(
+    "name", ["ROUTER_TRAIN__LRR", "ROUTER_TRAIN_LR", "router_train__lrr", "ROUTER_TRIAN__LR", "ROUTER_TRIAN_LR"]
+)
 def test_an_unknown_variable_names_the_nearest(name: str) -> None:
     assert refused(environ={name: "1"}) == f"{name}: there is no such setting; did you mean 'ROUTER_TRAIN__LR'?"
 
 
 def test_variables_of_other_programs_are_let_pass() -> None:
-    load(environ={"ROUTER_SERVICE_HOST": "10.0.0.1", "ROUTER_PORT": "tcp://10.0.0.1:80", "PATH": "/bin"})
+    load(environ={"ROUTER_MODEL": "x", "ROUTER_LOG_LEVEL": "debug", "ROUTER_HOST": "h", "PATH": "/bin"})
+
+
+@pytest.mark.parametrize("service", ["ROUTER", "ROUTER_SERVE", "ROUTER_TRAIN"])
+def test_variables_that_kubernetes_sets_for_a_service_are_let_pass(service: str) -> None:
+    tcp = f"{service}_PORT_8000_TCP"
+    load(
+        environ={
+            f"{service}_SERVICE_HOST": "10.0.0.1",
+            f"{service}_SERVICE_PORT": "8000",
+            f"{service}_SERVICE_PORT_HTTP": "8000",
+            f"{service}_PORT": "tcp://10.0.0.1:8000",
+            tcp: "tcp://10.0.0.1:8000",
+            f"{tcp}_PROTO": "tcp",
+            f"{tcp}_PORT": "8000",
+            f"{tcp}_ADDR": "10.0.0.1",
+        }
+    )
+    assert "ROUTER_SERVE__PORT" in refused(environ={"ROUTER_SERVE_PORT": "8000"})
 
 
 # -- wrong values ---------------------------------------------------------------------------------------------
