@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +149,20 @@ def test_every_module_stands_in_a_layer() -> None:
     assert homeless == []
     names = modules()
     assert [name for name in LAYER if name not in names] == []
+
+
+def test_the_page_names_every_module_and_the_layers_that_are_held() -> None:
+    page = (ROOT.parent / "ARCHITECTURE.md").read_text()
+    unnamed = [name for name in modules() if name and not re.search(rf"\b{name.rpartition('.')[2]}(\.py|/|\b)", page)]
+    assert [name for name in unnamed if not name.startswith("__")] == []
+    written = {
+        int(number): set(re.sub(r"\band\b", ",", names).replace("\n", " ").replace(" ", "").split(","))
+        for number, names in re.findall(r"^(\d)\. ((?:.+\n)(?: {3}.+\n)*)", page, flags=re.M)
+    }
+    held = {layer: set(names.split()) - {"__main__"} for layer, names in LAYERS.items()}
+    assert written == held
+    composing = page.partition("Only `quickstart`")[2].partition(" compose")[0]
+    assert {"quickstart", *re.findall(r"`(\w+)`", composing)} == set(COMPOSERS)
 
 
 def test_imports_point_one_way_and_heavy_ones_stay_in_functions() -> None:
