@@ -54,11 +54,33 @@ def run(settings: Settings, text: str, progress: Progress = SILENT, worker: Work
     model behind the endpoint. Raises UsageError and SettingsError for what makes no sense, ModelError for the router,
     TeacherError (BudgetReached where `run.max_cost` is) where the team came to no result: the trace stands.
     """
+    return asyncio.run(_team(settings, text, _begun(settings, text, progress), progress, worker))
+
+
+async def arun(settings: Settings, text: str, progress: Progress = SILENT, worker: Worker | None = None) -> RunResult:
+    """`run` for coroutines, and for notebooks, where an event loop runs already."""
+    begun = await asyncio.to_thread(_begun, settings, text, progress)
+    return await _team(settings, text, begun, progress, worker)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What is known before the team works: the decision, its topology's probability and those of all topologies."""
+
+    box: Sandbox | None
+    decision: Decision
+    probability: float | None
+    shares: dict[str, float] | None
+
+
+def _begun(settings: Settings, text: str, progress: Progress) -> _Begun:
     if not text.strip():
         raise UsageError("the task is empty")
     check_budget(settings)
-    box = _sandbox(settings, progress)
-    decision, probability, shares = _decided(settings, text, progress)
+    return _Begun(_sandbox(settings, progress), *_decided(settings, text, progress))
+
+
+async def _team(settings: Settings, text: str, begun: _Begun, progress: Progress, worker: Worker | None) -> RunResult:
     folder = settings.run.output_dir
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +90,7 @@ def run(settings: Settings, text: str, progress: Progress = SILENT, worker: Work
         traces.append(_new(folder, stable_id(text)))
         return traces[-1]
 
-    went = asyncio.run(_work(settings, text, decision, shares, trace, box, progress, worker))
+    went = await _work(settings, text, begun, trace, progress, worker)
     done = went.last
     if done.ended != "finished":
         kind = BudgetReached if done.ended == "budget" else TeacherError
@@ -77,7 +99,7 @@ def run(settings: Settings, text: str, progress: Progress = SILENT, worker: Work
     return RunResult(
         task=text,
         decision=done.decision,
-        probability=probability,
+        probability=begun.probability,
         result=done.result,
         teams=tuple(one.decision for one in went.works),
         fired=tuple(went.fired),
@@ -120,10 +142,8 @@ def _decided(
 async def _work(
     settings: Settings,
     text: str,
-    decision: Decision,
-    shares: dict[str, float] | None,
+    begun: _Begun,
     trace: Callable[[], Path],
-    box: Sandbox | None,
     progress: Progress,
     worker: Worker | None,
 ) -> Climb:
@@ -144,10 +164,10 @@ async def _work(
     wanted = settings.run
     try:
         if not wanted.cascade:
-            return Climb([await attempt(decision, 0)])
-        cheap, dear = rungs(decision, space_from(settings))
-        share = shares.get(cheap.topology) if shares else None
-        return await climb(text, cheap, dear, wanted.cascade, attempt, box, share, wanted.unsure_below)
+            return Climb([await attempt(begun.decision, 0)])
+        cheap, dear = rungs(begun.decision, space_from(settings))
+        share = begun.shares.get(cheap.topology) if begun.shares else None
+        return await climb(text, cheap, dear, wanted.cascade, attempt, begun.box, share, wanted.unsure_below)
     finally:
         await chosen.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 from router_cli.cli import main
 from router_cli.errors import UsageError
+from router_cli.run import RunResult, arun
+from router_cli.settings import load
 from router_cli.space import DecisionSpace
 from router_cli.teams.given import given_decision
 from router_cli.teams.team import read_trace
@@ -43,6 +46,21 @@ def test_the_router_decides_where_the_user_does_not(tmp_path: Path, capsys: pyte
     document = json.loads(capsys.readouterr().out)
     assert code == 0 and document["decision"]["topology"] == "single" and document["result"] == "said by builder"
     assert document["usage"]["cost_usd"] == pytest.approx(server.cost) or document["usage"]["cost_usd"] is not None
+
+
+def test_a_coroutine_lets_teams_work_side_by_side(tmp_path: Path) -> None:
+    values = {"run.decision": CHAIN, "run.output_dir": str(tmp_path / "runs")}
+
+    async def both(url: str) -> list[RunResult]:
+        settings = load(
+            {key: ("mine", value) for key, value in {**values, "endpoint.base_url": url}.items()}, environ={}
+        )
+        return await asyncio.gather(arun(settings, "Sort a list."), arun(settings, "Sort a list."))
+
+    with FakeTeacher(behave=speak) as server:
+        found = asyncio.run(both(server.url))
+    assert [one.result for one in found] == ["said by builder"] * 2 and found[0].traces != found[1].traces
+    assert all(len(read_trace(one.traces[0]).turns) == one.turns == 2 for one in found)
 
 
 def test_the_cap_on_money_holds_and_what_was_said_stands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
