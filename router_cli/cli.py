@@ -6,6 +6,7 @@ import io
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -169,6 +170,20 @@ def run(call: Call, task: Annotated[str, typer.Argument(help="The task as text."
     result = run(call.settings, task, call.console)
     call.console.panel(told(result))
     call.console.result(*ran(result))
+
+
+@app.command(rich_help_panel="Around it")
+@with_settings(None)
+def trace(
+    call: Call,
+    file: Annotated[Path, typer.Argument(help="A trace of router run.")],
+    draw: Annotated[bool, typer.Option("--draw", metavar="", help="Print it as a Mermaid diagram.")] = False,
+) -> None:
+    """Show a recorded run of a team, turn by turn; say it again without a model, to see that it still goes so."""
+    from router_cli.run import retrace
+    from router_cli.summaries.run import traced
+
+    call.console.result(*traced(retrace(file, call.console), draw))
 
 
 @app.command(rich_help_panel="Around it")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from router_cli.backends import make_backend, space_from
 from router_cli.costs import dollars
-from router_cli.errors import BudgetReached, TeacherError, UsageError
+from router_cli.errors import BudgetReached, InputError, TeacherError, UsageError
 from router_cli.jsonl import writing
 from router_cli.progress import SILENT, Progress
 from router_cli.schema import Decision, Usage
@@ -22,8 +22,8 @@ from router_cli.teachers import total
 from router_cli.teams.cascade import Climb, climb, rungs
 from router_cli.teams.given import given_decision
 from router_cli.teams.sandbox import Sandbox
-from router_cli.teams.team import Work, work
-from router_cli.teams.workers import EndpointWorker, Worker, check_budget
+from router_cli.teams.team import Work, read_trace, work
+from router_cli.teams.workers import EndpointWorker, RecordedWorker, Worker, check_budget
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,24 @@ async def arun(settings: Settings, text: str, progress: Progress = SILENT, worke
     """`run` for coroutines, and for notebooks, where an event loop runs already."""
     begun = await asyncio.to_thread(_begun, settings, text, progress)
     return await _team(settings, text, begun, progress, worker)
+
+
+def retrace(path: Path, progress: Progress = SILENT) -> Work:
+    """The run that a trace tells of, said again without a model: a warning says where it would go otherwise today.
+
+    Raises InputError where the file is no trace.
+    """
+    done = read_trace(path)
+    if done.ended == "finished":
+        recorded = RecordedWorker([(turn.messages, turn.said) for turn in done.turns])
+        try:
+            again = asyncio.run(work(done.task, done.decision, recorded, sample=done.sample))
+            why = "" if again.result == done.result else "it would have another result"
+        except InputError as error:
+            why = str(error)
+        if why:
+            progress.warn(f"{path}: this version would let it run otherwise: {why}")
+    return done
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ from rich.text import Text
 
 from router_cli import costs, prompts
 from router_cli.summaries.shown import Shown, document
+from router_cli.teams.team import drawn
 
 if TYPE_CHECKING:
     from router_cli.execute import Executed
     from router_cli.run import RunResult
+    from router_cli.teams.team import Work
 
 
 def ran(result: RunResult) -> Shown:
@@ -23,7 +25,7 @@ def ran(result: RunResult) -> Shown:
 def told(result: RunResult) -> Text:
     """Who decided what, what it took, and where the trace is."""
     sure = "" if result.probability is None else f" (probability {result.probability:.2f})"
-    used, traces = result.usage, ", ".join(str(one) for one in result.traces)
+    traces = ", ".join(str(one) for one in result.traces)
     climbed = []
     if len(result.teams) > 1 or result.fired:
         names = " -> ".join(team.topology for team in result.teams)
@@ -32,10 +34,32 @@ def told(result: RunResult) -> Text:
         f"decided{sure}: {prompts.render(result.decision)}",
         *result.notes,
         *climbed,
-        f"{result.turns} turns, {used.prompt_tokens:,} + {used.completion_tokens:,} tokens, "
-        f"{costs.dollars(used.cost_usd)}, {result.seconds:.1f} s; trace in {traces}",
+        f"{_spent(result, result.turns)}; trace in {traces}",
     ]
     return Text("\n".join(lines), style="dim")
+
+
+def _spent(one: RunResult | Work, turns: int) -> str:
+    used = one.usage
+    return (
+        f"{turns} turns, {used.prompt_tokens:,} + {used.completion_tokens:,} tokens, "
+        f"{costs.dollars(used.cost_usd)}, {one.seconds:.1f} s"
+    )
+
+
+def traced(done: Work, draw: bool) -> Shown:
+    """A recorded run: who said what, or a picture of it."""
+    found: dict[str, Any] = document(done)
+    if draw:
+        return Text(drawn(done)), found
+    lines = [f"task: {done.task}", f"decided: {prompts.render(done.decision)}"]
+    for number, turn in enumerate(done.turns, start=1):
+        used = turn.said.usage
+        took = f"{used.prompt_tokens:,} + {used.completion_tokens:,} tokens, {costs.dollars(used.cost_usd)}"
+        lines += ["", f"--- turn {number}: {turn.role}, {took}, {turn.said.seconds:.1f} s", turn.said.text]
+        lines += [f"({note})" for note in turn.notes]
+    lines += ["", f"--- {done.ended}" + (f": {done.why}" if done.why else ""), _spent(done, len(done.turns))]
+    return Text("\n".join(lines)), found
 
 
 def executed(done: Executed) -> Text:

@@ -63,6 +63,30 @@ def test_a_coroutine_lets_teams_work_side_by_side(tmp_path: Path) -> None:
     assert all(len(read_trace(one.traces[0]).turns) == one.turns == 2 for one in found)
 
 
+def test_a_trace_is_shown_drawn_and_said_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with FakeTeacher(behave=speak) as server:
+        assert main(command(server.url, tmp_path, "--decision", CHAIN)) == 0
+        calls = len(server.calls)
+        [trace] = (tmp_path / "runs").glob("*.jsonl")
+        capsys.readouterr()
+        assert main(["trace", str(trace)]) == 0
+        said = capsys.readouterr()
+        assert (
+            "--- turn 2: builder, 400 + 40 tokens" in said.out and "--- finished\n2 turns" in said.out and not said.err
+        )
+        assert main(["trace", str(trace), "--draw"]) == 0
+        assert capsys.readouterr().out.startswith(
+            "sequenceDiagram\n    participant task\n    participant r0 as planner"
+        )
+        assert main(["trace", str(trace), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["turns"][0]["messages"][0]["role"] == "system"
+        assert len(server.calls) == calls  # nobody was asked
+    trace.write_text(trace.read_text().replace("You are stage 2", "You are the second"))
+    assert main(["trace", str(trace)]) == 0
+    assert "would let it run otherwise: turn 2 of the trace answers another prompt" in capsys.readouterr().err
+    assert main(["trace", str(tmp_path / "none.jsonl")]) == 1
+
+
 def test_the_cap_on_money_holds_and_what_was_said_stands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = ["--decision", "chain", "--worker-model", "gpt-4o", "--answer-tokens", "100", "--max-cost", "0.004"]
     with FakeTeacher(behave=speak) as server:
