@@ -18,7 +18,7 @@ import typer
 
 from router_cli.console import Console
 from router_cli.errors import SettingsError
-from router_cli.sections import File, Files, Folder
+from router_cli.sections import SMALL_MODEL, File, Files, Folder
 from router_cli.settings import Settings, fields, load
 
 FIELDS = dict(fields())
@@ -110,7 +110,7 @@ def _option(key: str, name: str) -> inspect.Parameter:
         help=text.replace("[", r"\["),
         show_default=False,
         metavar="" if kind is bool else _metavar(key, kind),
-        autocompletion=_completion(info.examples, choices, get_origin(kind) is list),
+        autocompletion=_completion(key, info.examples or choices, get_origin(kind) is list),
         rich_help_panel=SHARED.get(key.partition(".")[0]),
     )
     return inspect.Parameter(
@@ -125,13 +125,10 @@ def _negation(name: str) -> inspect.Parameter:
     return inspect.Parameter(f"no_{name}", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _completion(names: list[str] | None, choices: list[str], many: bool) -> Callable[[str], list[str]] | None:
-    if names:  # names that stand for files, beside the files themselves
-        return lambda incomplete: [
-            *(name for name in names if name.startswith(incomplete)),
-            *sorted(str(path) + "/" * path.is_dir() for path in _beginning(incomplete)),
-        ]
-    return _completer(choices, many) if choices else None
+def _completion(key: str, names: list[str], many: bool) -> Callable[[str], list[str]] | None:
+    if not names:
+        return None
+    return _completer(names, many, _is_path(key) or SMALL_MODEL in names)
 
 
 def _beginning(incomplete: str) -> list[Path]:
@@ -143,11 +140,16 @@ def _beginning(incomplete: str) -> list[Path]:
         return []
 
 
-def _completer(choices: list[str], many: bool) -> Callable[[str], list[str]]:
+def _completer(names: list[str], many: bool, files: bool) -> Callable[[str], list[str]]:
+    """Completes names, the last of several too; where they stand for files, the files themselves beside them."""
+
     def complete(incomplete: str) -> list[str]:
         before, comma, last = incomplete.rpartition(",") if many else ("", "", incomplete)
         taken = before.split(",")
-        return [before + comma + one for one in choices if one.startswith(last) and one not in taken]
+        offered = [one for one in names if one.startswith(last) and one not in taken]
+        if files:
+            offered += sorted(str(path) + "/" * path.is_dir() for path in _beginning(last))
+        return [before + comma + one for one in offered]
 
     return complete
 

@@ -15,6 +15,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from router_cli.schema import Topology
 
 SMALL_MODEL = "smollm2-135m"
+TASK_SETS = ("humaneval", "rubric")  # names that stand for files
+_BASES: list[Any] = [SMALL_MODEL, "Qwen/Qwen3-8B"]
 TOPOLOGY_NAMES = get_args(Topology)
 TRIGGERS = ("examples", "runs", "disagree", "unsure")
 # Recorded executions that come with the project (data/outcomes/).
@@ -108,7 +110,11 @@ class ModelSettings(Section):
 class LabelSettings(Section):
     """`router label`."""
 
-    data: Files = Field([], description="Task files, separated by commas; humaneval, or - for standard input.")
+    data: Files = Field(
+        [],
+        description="Task files, separated by commas; humaneval, rubric, or - for standard input.",
+        examples=list(TASK_SETS),
+    )
     output: File = Field("humaneval_router_labels.jsonl", description="Label file to write.")
     teacher: Literal["openai", "heuristic", "recorded"] = Field(
         "openai",
@@ -206,8 +212,13 @@ class TrainSettings(Section):
     preset: Literal["cpu-fast"] | None = Field(
         None, description="Values that suit a purpose, for all that is not set otherwise (docs/train.md)."
     )
-    data: Files = Field([], description="Label files, separated by commas.")
-    model: str = Field("Qwen/Qwen3-8B", min_length=1, description="Base model: Hub id, folder, .gguf file or alias.")
+    data: Files = Field([], description="Label files, separated by commas; or rubric.", examples=list(TASK_SETS))
+    model: str = Field(
+        "Qwen/Qwen3-8B",
+        min_length=1,
+        description="Base model: Hub id, folder, .gguf file or alias.",
+        examples=_BASES,
+    )
     output_dir: Folder = Field(Path("outputs/adapter"), description="Folder for the adapter.")
     max_length: int = Field(2048, ge=64, description="Greatest number of tokens of an example.")
     max_samples: int | None = Field(None, ge=1, description="Train on at most N examples.")
@@ -285,9 +296,13 @@ class InferSettings(Section):
 
     adapter: Folder | None = Field(None, description="Folder of a trained adapter.")
     base: str | None = Field(
-        None, description="Base model: overrides the adapter's, or is asked untrained without one."
+        None, description="Base model: overrides the adapter's, or is asked untrained without one.", examples=_BASES
     )
-    data: Files = Field([], description="Task files, separated by commas; - for standard input.")
+    data: Files = Field(
+        [],
+        description="Task files, separated by commas; humaneval, rubric, or - for standard input.",
+        examples=list(TASK_SETS),
+    )
     output: File | None = Field(None, description="Predictions file to write (default: standard output).")
     backend: Literal["local", "remote", "heuristic"] = Field("local", description="What decides.")
     model: str | None = Field(None, description="Model name on the remote server.")
@@ -346,16 +361,22 @@ class EvalSettings(Section):
     """`router eval`."""
 
     predictions: File | None = Field(None, description="Predictions file of `router infer`.")
-    labels: Files = Field([], description="Label files to judge against; rows of the training split fit the baselines.")
+    labels: Files = Field(
+        [],
+        description="Label files to judge against, or rubric; rows of the training split fit the baselines.",
+        examples=["rubric"],
+    )
     adapter: Folder | None = Field(None, description="Predict with this adapter first.")
-    data: Files = Field([], description="Label files to predict and judge against, with --adapter.")
+    data: Files = Field(
+        [], description="Label files to predict and judge against, with --adapter.", examples=list(TASK_SETS)
+    )
     compare: Names = Field(
         [], description="More routers to judge beside: NAME=FILE, files or run folders, separated by commas."
     )
     flip: int | None = Field(
         None, ge=1, description="Ask about N judged tasks otherwise, and report what changes; with --adapter."
     )
-    probe: str | None = Field(None, description="Frozen base model for the linear-probe baseline.")
+    probe: str | None = Field(None, description="Frozen base model for the linear-probe baseline.", examples=_BASES)
     outcomes: File | None = Field(
         None,
         description="Recorded executions to judge decisions by: a file, or the name of a carried table.",
@@ -422,7 +443,7 @@ class QuickstartSettings(Section):
     """`router quickstart`."""
 
     output_dir: Folder = Field(Path("outputs/quickstart"), description="Folder for the whole run.")
-    model: str = Field(SMALL_MODEL, min_length=1, description="Base model.")
+    model: str = Field(SMALL_MODEL, min_length=1, description="Base model.", examples=_BASES)
     teacher: Literal["recorded", "heuristic"] = Field(
         "recorded", description="Who labels the training tasks: their written rubric decisions, or the offline rules."
     )
