@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from router_cli.schema import Score
+from router_cli.scoring.escalation import ENOUGH
 from router_cli.scoring.metrics import entropy
 from router_cli.scoring.wording import FEW_TASKS, hardly_varies, interval
 from router_cli.scoring.worth_results import PolicyRow, Replayed
@@ -102,6 +103,11 @@ def notes(found: Replayed, penalty: float | None, trained: bool) -> list[str]:
     )
     if penalty is not None and all(row.bill is None for row in found.policies):
         said.append("No bill: not every run has a price.")
+    elif penalty is not None and all(row.name != "priced cascade" for row in found.policies):
+        said.append(
+            f"No cascade was chosen for this price: that takes {ENOUGH} tasks of a training split (`split`), "
+            f"and a topology that solves more than {found.topologies[0]}."
+        )
     if oracle.cross_fitted:
         said.append(
             "The oracle is cross-fitted over repeats; choosing and judging on the same runs would have flattered it by "

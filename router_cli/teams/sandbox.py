@@ -90,10 +90,7 @@ class Sandbox:
         layers: tuple[Layer, ...] | None = None,
     ) -> None:
         """`allow` is the user's own word (--allow-code-execution): UsageError without it, or on Windows."""
-        if not allow:
-            raise UsageError("this runs code that a model wrote: say --allow-code-execution if you want that")
-        if sys.platform == "win32":
-            raise UsageError("code execution needs Linux or macOS: on Windows use WSL 2 (wsl --install)")
+        _permit(allow)
         self.limits = limits
         self.layers = available_layers() if layers is None else layers
         for missing in _missing(self.layers):
@@ -111,8 +108,15 @@ class Sandbox:
         return _run(json.dumps(task), self.limits, self.layers)
 
 
-def _missing(layers: tuple[Layer, ...]) -> list[str]:
-    if sys.platform != "linux":
+def _permit(allow: bool, system: str = sys.platform) -> None:
+    if not allow:
+        raise UsageError("this runs code that a model wrote: say --allow-code-execution if you want that")
+    if system == "win32":
+        raise UsageError("code execution needs Linux or macOS: on Windows use WSL 2 (wsl --install)")
+
+
+def _missing(layers: tuple[Layer, ...], system: str = sys.platform) -> list[str]:
+    if system != "linux":
         return [
             "no namespaces and no seccomp on this system: generated code runs with limits only, and can reach the "
             "network and your files; run this on Linux or in a virtual machine"

@@ -67,3 +67,6 @@ def test_it_stands_among_the_policies_where_a_price_is_stated() -> None:
     assert "priced cascade" in names
     plain = weigh(table, systems, Choosing(split="test", resamples=100, seed=1, penalty=None))
     assert plain is not None and "priced cascade" not in [row.name for row in plain.policies]
+    few = weigh(subset(table, range(40)), systems, Choosing(split="test", resamples=100, seed=1, penalty=0.2))
+    words = ["No cascade was chosen for this price" in " ".join(one.notes) for one in (found, plain, few) if one]
+    assert words == [False, False, True]

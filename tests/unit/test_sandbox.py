@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from router_cli.errors import RouterError, UsageError
 from router_cli.progress import SILENT, Bar
 from router_cli.teams import sandbox, wire
-from router_cli.teams.sandbox import Limits, Sandbox, Verdict
+from router_cli.teams.sandbox import Limits, Sandbox, Verdict, _missing, _permit
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="the sandbox needs Linux or macOS")
 
@@ -72,6 +72,14 @@ def test_what_a_system_lacks_is_said(layers: tuple[sandbox.Layer, ...], words: l
         assert all(word in line for word, line in zip(words, heard.warnings, strict=True))
     else:
         assert "limits only" in heard.warnings[0]
+
+
+def test_windows_refuses_and_macos_says_that_there_are_limits_only() -> None:
+    with pytest.raises(UsageError, match="WSL 2"):
+        _permit(True, "win32")
+    _permit(True, "darwin")
+    [said] = _missing((), "darwin")
+    assert "limits only" in said and "the network and your files" in said and "virtual machine" in said
 
 
 def test_the_page_names_every_limit_and_every_reason() -> None:
