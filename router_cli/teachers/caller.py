@@ -246,7 +246,7 @@ class Caller:
 
     def _give_up(self, found: Fault, requests: int) -> Reply:
         self._given_up += 1
-        if found.unreachable or found.meaning == "busy" or self._given_up >= GIVEN_UP_IN_A_ROW:
+        if found.unreachable or self._given_up >= GIVEN_UP_IN_A_ROW:
             raise self._final(found)
         words = shorten(found.words, self._key)
         violation = Violation("no_answer", f"no answer after {requests} requests ({words})")

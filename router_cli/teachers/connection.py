@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from router_cli.teachers.endpoint import Fault, fault, is_local
 
@@ -36,12 +36,17 @@ def make_client(url: str, key: str, timeout: float, connections: int) -> AsyncOp
         # Basic authentication of a proxy in front of the endpoint; aiohttp takes none from the URL beside a key.
         pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
         headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
-        url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    # The client would put a query of the base URL before the path of the request.
+    query = dict(parse_qsl(parts.query, keep_blank_values=True))
+    if "api-version" in query:
+        headers["api-key"] = key  # Azure's paths with a deployment take the key from this header
+    url = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
     limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
     return AsyncOpenAI(
         api_key=key,
         base_url=url,
         default_headers=headers,
+        default_query=query,
         max_retries=0,
         timeout=httpx2.Timeout(timeout, connect=min(LONGEST_CONNECT, timeout / 3)),
         # A proxy from the environment has no way to this machine's own servers.

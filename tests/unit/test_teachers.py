@@ -324,10 +324,22 @@ def test_a_task_that_keeps_failing_is_given_up_but_the_run_goes_on() -> None:
     assert answers[0].violations[0].name == "no_answer" and len(server.calls) == 4
 
 
-def test_an_endpoint_that_keeps_failing_stops_the_run() -> None:
-    with FakeTeacher(behave=lambda call: Reply(status=500)) as server, pytest.raises(TeacherError, match="500"):
+@pytest.mark.parametrize("status", [500, 429])
+def test_an_endpoint_that_keeps_failing_stops_the_run(status: int) -> None:
+    with (
+        FakeTeacher(behave=lambda call: Reply(status=status)) as server,
+        pytest.raises(TeacherError, match=str(status)),
+    ):
         ask(server, tasks=9, endpoint__retries=1)
     assert len(server.calls) == 6
+
+
+def test_a_streak_of_random_failures_that_ends_in_a_429_ends_no_run() -> None:
+    """At one request at a time nobody else gets through meanwhile: seven in a row are luck, not a limit."""
+    streak = [Reply(status=500 if number % 2 else 429, headers={"retry-after-ms": "1"}) for number in range(8)]
+    with FakeTeacher(Reply(), *streak) as server:
+        answers = ask(server, tasks=4)
+    assert [answer.final for answer in answers] == [True, False, True, True] and len(server.calls) == 11
 
 
 @pytest.mark.parametrize("form", ["seconds", "milliseconds", "date"])
@@ -431,6 +443,34 @@ def test_user_and_password_of_the_url_are_sent_as_such() -> None:
 
         asyncio.run(run())
     assert server.calls[0].headers["authorization"] == "Basic bWU6c0BjcmV0"
+
+
+@pytest.mark.parametrize(
+    ("tail", "path", "key"),
+    [
+        ("/", "/v1/chat/completions", None),
+        ("/../openai/v1/", "/openai/v1/chat/completions", None),
+        (
+            "/../openai/deployments/gpt-4o?api-version=2024-10-21",
+            "/openai/deployments/gpt-4o/chat/completions?api-version=2024-10-21",
+            KEY,
+        ),
+    ],
+)
+def test_base_urls_with_a_slash_or_a_query_are_asked_as_they_mean(tail: str, path: str, key: str | None) -> None:
+    """Azure has both forms: `/openai/v1/`, and a deployment's path with a query and a header of its own."""
+    with FakeTeacher() as server:
+
+        async def run() -> Answer:
+            teacher = OpenAITeacher(settings(server.url + tail))
+            try:
+                return await teacher.ask(Task(id="a", text="a"), SPACE, "balanced")
+            finally:
+                await teacher.close()
+
+        assert asyncio.run(run()).decision is not None
+    [call] = server.calls
+    assert call.path == path and call.headers["authorization"] == f"Bearer {KEY}" and call.headers.get("api-key") == key
 
 
 def test_through_a_storm_every_task_ends_and_the_bill_is_the_servers() -> None:
