@@ -31,6 +31,7 @@ from router_cli.scoring.outcomes import OUTCOMES
 from router_cli.settings import Settings
 from router_cli.space import DecisionSpace
 from router_cli.teachers import total
+from router_cli.teams.cascade import normal
 from router_cli.teams.formations import code_of
 from router_cli.teams.given import given_decision
 from router_cli.teams.problems import Problem, read_problems
@@ -232,11 +233,16 @@ class _Run:
 
     async def judge(self, number: int, cell: Cell, done: Work, bar: Bar) -> None:
         """Run the code of a result against the task's tests, and against the examples that the task itself shows."""
-        problem, verdict, seen = cell.problem, Verdict("missing", done.why), None
+        problem, verdict, seen, acts = cell.problem, Verdict("missing", done.why), None, None
         if done.ended == "finished":
             code = problem.program(code_of(done.result, problem.entry_point).text)
             verdict = await self.verdict(code, problem.tests, problem.entry_point, problem.given)
             seen = await self.verdict(code, problem.examples, None, "")
+            # As `cascade.alike` sees it: by the examples, where there are any, else by the code.
+            shown = (
+                f"examples: {'load' if seen.reason == 'load' else seen.passed}" if problem.examples else normal(code)
+            )
+            acts = hashlib.sha256(shown.encode()).hexdigest()[:16]
             if not problem.examples and seen.passed:
                 seen = None  # that it loads says nothing for it
         usage = done.usage
@@ -251,6 +257,7 @@ class _Run:
             "cost": usage.cost_usd,
             "seconds": round(sum(turn.said.seconds for turn in done.turns), 3),
             "evidence": None if seen is None else seen.passed,
+            "acts": acts,
             "benchmark": problem.benchmark,
             "text": problem.task.text,
             "split": problem.task.split,

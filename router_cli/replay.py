@@ -115,6 +115,7 @@ def _systems(settings: Settings, space: DecisionSpace) -> list[System]:
         "teacher's labels",
         "oracle",
         "cascade",
+        "cascade by doubt",
         "priced cascade",
         "knn",
         "random",

@@ -163,6 +163,8 @@ class Outcome(Record):
     seconds: float | None = None
     # Whether the run passed what an agent may see (visible examples, base tests): what a cascade escalates on.
     evidence: bool | None = None
+    # Equal where two runs of a task act alike, as far as an agent can see (examples, else code).
+    acts: str | None = None
     benchmark: str | None = None
     # The task's own text and split, on one of its rows at least.
     text: str | None = None

@@ -1,9 +1,9 @@
 """Recorded executions of any system: read outcome rows, and lay them out as tables of tasks by topologies.
 
 A row is `{"task_id", "topology", "solved", "repeat", "worker", "prompt_tokens", "completion_tokens", "cost",
-"seconds"}` and optionally `evidence` (did the run pass what an agent may see?), `benchmark`, `text` and `split` of the
-task. Only the first three are needed. Every row is one run; runs of the same task, topology, worker and benchmark
-are repeats.
+"seconds"}` and optionally `evidence` (did the run pass what an agent may see?), `acts` (equal where runs act alike),
+`benchmark`, `text` and `split` of the task. Only the first three are needed. Every row is one run; runs of the same
+task, topology, worker and benchmark are repeats.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _outcome(raw: dict[str, Any], where: str) -> Outcome:
     for amount in ("cost", "seconds"):
         if amount in values and (type(values[amount]) not in (int, float) or not 0 <= values[amount] < 1e12):
             raise InputError(f"{where}: {amount} must be a number from 0 on, got {values[amount]!r}")
-    for text in ("worker", "benchmark", "text"):
+    for text in ("worker", "benchmark", "text", "acts"):
         if text in values and not isinstance(values[text], str):
             raise InputError(f"{where}: {text} must be a string, got {values[text]!r}")
     if values.get("split", "test") not in get_args(Split):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import TYPE_CHECKING, Any, Literal
 
 from router_cli.scoring.outcomes import Table
@@ -248,6 +249,33 @@ def cascade(table: Table, strong: int) -> Policy | None:
     names = table.topologies
     note = f"{names[0]} first, {names[strong]} on the {up:.0%} whose recorded evidence is a failure"
     return Policy("cascade", "cascade", found, {names[0]: 1.0, names[strong]: up}, note)
+
+
+def doubted(table: Table, strong: int) -> Policy | None:
+    """The cheapest topology twice, column `strong` where the two act differently; all is paid.
+
+    The mean over all pairs of recorded runs; None where no task has two that say how they act, NaN for those without.
+    """
+    import numpy as np
+
+    found = np.full((5, len(table.tasks)), np.nan)
+    first, then = values_of(table)[:, :, 0], values_of(table)[:, :, strong]
+    differ = []
+    for i, (runs, *_) in enumerate(table.runs):
+        if len(runs) < 2 or any(run.acts is None for run in runs) or not table.executed[i, strong]:
+            continue
+        pairs = list(permutations(runs, 2))
+        share = sum(one.acts != other.acts for one, other in pairs) / len(pairs)
+        kept = sum(one.solved for one, other in pairs if one.acts == other.acts) / len(pairs)
+        differ.append(share)
+        found[:, i] = 2 * first[:, i] + (0.0 if share == 0 else share * then[:, i])
+        found[0, i] = kept + share * then[0, i]
+    if not differ or strong == 0:
+        return None
+    up = sum(differ) / len(differ)
+    names = table.topologies
+    note = f"{names[0]} twice, {names[strong]} on the {up:.0%} where the two act differently"
+    return Policy("cascade by doubt", "cascade", found, {names[0]: 2.0, names[strong]: up}, note)
 
 
 def nearest(table: Table, train: Table | None, seed: int) -> Policy | None:

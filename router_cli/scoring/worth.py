@@ -103,6 +103,7 @@ def _judge(
         policies.same_mix(table, first) if first.kind == "router" else None,
         policies.same_price(table, first, fixed) if first.kind == "router" else None,
         policies.cascade(table, strong),
+        policies.doubted(table, strong),
         _priced(table, train, systems, strong, how),
         policies.nearest(table, train, how.seed),
         oracle,

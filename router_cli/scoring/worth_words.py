@@ -127,7 +127,7 @@ def notes(found: Replayed, penalty: float | None, trained: bool) -> list[str]:
         )
     if any(row.kind == "cascade" for row in found.policies):
         said.append(
-            "The cascade sees the recorded evidence of the first run and pays for both runs where it escalates."
+            "A cascade sees what its first runs show without hidden tests, and pays for every run that it takes."
         )
     if any(row.kind == "knn" for row in found.policies) and not trained:
         said.append("No training split has texts and runs: kNN answers out of fold.")

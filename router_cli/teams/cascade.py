@@ -121,11 +121,7 @@ async def look(task: str, result: str, box: Sandbox | None) -> Evidence:
 
 async def alike(task: str, first: str, second: str, box: Sandbox | None) -> bool:
     """Whether two results do the same, as far as that can be seen without hidden tests."""
-    codes = [code_of(text).text for text in (first, second)]
-    if all(parses(code) for code in codes):
-        same = ast.dump(ast.parse(codes[0])) == ast.dump(ast.parse(codes[1]))
-    else:
-        same = codes[0].split() == codes[1].split()
+    same = normal(code_of(first).text) == normal(code_of(second).text)
     if same or box is None or not examples_in(task):
         return same
     seen = [await look(task, text, box) for text in (first, second)]
@@ -138,6 +134,11 @@ def is_python(code: Code) -> bool:
         return code.language in ("python", "py", "python3") or (not code.language and parses(code.text))
     made = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign)
     return parses(code.text) and any(isinstance(node, made) for node in ast.parse(code.text).body)
+
+
+def normal(code: str) -> str:
+    """What is left of code where comments and layout do not count."""
+    return ast.dump(ast.parse(code)) if parses(code) else " ".join(code.split())
 
 
 def parses(code: str) -> bool:

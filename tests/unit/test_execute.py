@@ -113,6 +113,9 @@ def test_the_true_ranking_of_the_topologies_comes_out(tmp_path: Path) -> None:
     assert sorted(fixed, key=fixed.__getitem__) == ranking
     # A broken answer fails on the visible example too: the evidence says so.
     assert all(row["evidence"] is row["solved"] for row in found)
+    acts = {row["solved"]: row["acts"] for row in found}
+    assert all(row["acts"] == acts[row["solved"]] for row in found) and acts[True] != acts[False]
+    assert {"random", "cascade", "cascade by doubt", "oracle"} <= judged.keys()
 
 
 class Uneven(Simulated):

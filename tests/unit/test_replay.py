@@ -171,7 +171,7 @@ def test_names_of_tables_complete_beside_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "human.jsonl").touch()
     (tmp_path / "runs").mkdir()
-    complete = _completion(list(OUTCOME_TABLES), [], False)
+    complete = _completion("eval.outcomes", list(OUTCOME_TABLES), False)
     assert complete is not None
     assert complete("hum") == ["humaneval-mapcoder", "human.jsonl"]
     assert complete("ru") == ["runs/"]

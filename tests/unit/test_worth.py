@@ -215,6 +215,24 @@ def test_the_cascade_pays_for_both_runs_where_the_evidence_fails():
     assert found.solved.tolist() == [1, 1, 0, 0, 1] and found.mix["chain"] == pytest.approx(0.4)
 
 
+def test_a_cascade_by_doubt_runs_twice_and_escalates_where_the_two_differ():
+    cells = [((True, "a"), (True, "a")), ((True, "a"), (False, "b")), ((False, "a"), (False, "a"))]
+    rows = [
+        Outcome(task_id=f"t{i}", topology="single", solved=solved, acts=acts, repeat=r, cost=1.0)
+        for i, pair in enumerate(cells)
+        for r, (solved, acts) in enumerate(pair)
+    ]
+    rows += [Outcome(task_id=f"t{i}", topology="chain", solved=True, cost=4.0) for i in range(3)]
+    found = policies.doubted(tables(Recorded(tuple(rows), {}, {}, 0))[0], 1)
+    assert (found.solved.tolist(), found.dollars.tolist()) == ([1, 1, 0], [2, 6, 2])
+    assert "on the 33% where the two act differently" in found.note
+    # Of three runs every pair is a draw: two of six keep what they have, four escalate.
+    rows += [Outcome(task_id="t2", topology="single", solved=True, acts="b", repeat=2, cost=1.0)]
+    found = policies.doubted(tables(Recorded(tuple(rows), {}, {}, 0))[0], 1)
+    assert found.solved[2] == pytest.approx(2 / 3) and found.dollars[2] == pytest.approx(2 + 4 * 2 / 3)
+    assert policies.doubted(world(np.ones((3, 2)), 2, 0), 1) is None
+
+
 def test_the_cascade_of_measured_runs_is_what_was_found_by_hand():
     from router_cli.scoring.outcomes import read_outcomes
 
