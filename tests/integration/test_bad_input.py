@@ -140,6 +140,8 @@ def adapter(name: str) -> list[str]:
     return ["infer", "--adapter", f"adapters/{name}", "Sort a list."]
 
 
+NOBODY = ["--base-url", "http://127.0.0.1:9/v1", "--set", "endpoint.retries=0"]
+
 CASES: dict[str, tuple[list[str], int, str]] = {
     # -- task files
     "label, file missing": (label("gone.jsonl"), 1, "gone.jsonl: no such file"),
@@ -266,6 +268,50 @@ CASES: dict[str, tuple[list[str], int, str]] = {
         1,
         "gone.jsonl: no such file",
     ),
+    # -- teams
+    "run, no task": (["run"], 2, "task"),
+    "run, empty task": (["run", " "], 2, "the task is empty"),
+    "run, no router": (["run", "Sort."], 2, "--adapter"),
+    "run, adapter missing": (["run", "Sort.", "--adapter", "gone"], 1, "gone: no such adapter folder"),
+    "run, no key": (["run", "Sort.", "--decision", "single"], 1, "LLM_API_KEY/OPENAI_API_KEY is not set"),
+    "run, unknown topology": (["run", "Sort.", "--decision", "ring"], 2, "--decision"),
+    "run, decision cut": (["run", "Sort.", "--decision", '{"topology": '], 2, "--decision"),
+    "run, unknown trigger": (["run", "Sort.", "--cascade", "luck"], 2, "run.cascade (--cascade): must be among"),
+    "run, code without leave": (
+        ["run", "Sort.", "--decision", "chain", "--cascade", "examples", *NOBODY],
+        2,
+        "--allow-code-execution",
+    ),
+    "run, nobody there": (["run", "Sort.", "--decision", "single", *NOBODY], 1, "cannot be reached"),
+    "run, output below a file": (
+        ["run", "Sort.", "--decision", "single", "--output-dir", "file/x", *NOBODY],
+        1,
+        "file/x: cannot be written",
+    ),
+    "execute, no data": (["eval", "--execute"], 2, "--execute needs --data"),
+    "execute, without leave": (["eval", "--execute", "--data", "humaneval"], 2, "--allow-code-execution"),
+    "execute, tasks without tests": (
+        ["eval", "--execute", "--allow-code-execution", "--data", "tasks.jsonl"],
+        1,
+        "tasks.jsonl:1: has no tests",
+    ),
+    # -- outcomes
+    "outcomes, missing": (["eval", "--outcomes", "gone.jsonl"], 1, "gone.jsonl: no such file"),
+    "outcomes, unknown table": (["eval", "--outcomes", "humaneval-mapcodr"], 1, "humaneval-mapcoder"),
+    "outcomes, empty": (["eval", "--outcomes", "empty.jsonl"], 1, "empty.jsonl: holds no outcome"),
+    "outcomes, binary": (["eval", "--outcomes", "binary.jsonl"], 1, "binary.jsonl:1:"),
+    "outcomes, of another kind": (
+        ["label", "--from-outcomes", "tasks.jsonl", "--output", "o.jsonl"],
+        1,
+        "tasks.jsonl:1:",
+    ),
+    # -- the server
+    "serve, no router": (["serve"], 2, "--adapter"),
+    "serve, adapter missing": (["serve", "--adapter", "gone"], 1, "gone: no such adapter folder"),
+    "serve, no port": (["serve", "--backend", "heuristic", "--port", "99999"], 2, "serve.port (--port): must be <="),
+    "serve, no address": (["serve", "--backend", "heuristic", "--host", "300.1.1.1"], 2, "--host 300.1.1.1"),
+    "unknown flag of serve": (["serve", "--quue", "1"], 2, "--queue"),
+    "unknown flag of run": (["run", "Sort.", "--wroker-model", "m"], 2, "--worker-model"),
     # -- settings
     "unknown command": (["lable"], 2, "'label'"),
     "unknown flag of label": (["label", "--temprature", "1"], 2, "--temperature"),
@@ -439,6 +485,26 @@ def test_a_full_disk_is_one_line_and_the_rest_of_the_work_is_done_afterwards(arg
     assert main([*argv, "-q"]) == 0
     if Path("out.jsonl").exists():
         assert len(Path("out.jsonl").read_text().splitlines()) == 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="root may write everywhere but into the kernel's own folders")
+@pytest.mark.parametrize(
+    "argv",
+    [
+        label("tasks.jsonl", "--output", "FOLDER/out.jsonl"),
+        [*OFFLINE, "--data", "tasks.jsonl", "--output", "FOLDER/out.jsonl"],
+        evaluate("predictions.jsonl", "labels.jsonl", "--output-dir", "FOLDER/out", "--resamples", "100"),
+        train("labels.jsonl", "--output-dir", "FOLDER/out"),
+        ["run", "Sort.", "--decision", "single", "--output-dir", "FOLDER/out", *NOBODY],
+        ["quickstart", "--model", "./base", "--output-dir", "FOLDER/out"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_a_read_only_folder_is_one_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path("/sys") if os.geteuid() == 0 else Path("folder")
+    if folder.name == "folder":
+        folder.chmod(0o500)
+    check(main([word.replace("FOLDER", str(folder)) for word in argv]), 1, f"{folder}/", capsys)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")

@@ -65,6 +65,38 @@ def test_help_settings_and_usage_errors_load_no_heavy_package() -> None:
     assert done.returncode == 0, done.stderr
 
 
+FRAMES = "import pydantic, typer, typer.rich_utils, rich.progress"
+MEASURE = """
+import os, subprocess, sys
+def seconds(*argv):
+    before = os.times()
+    subprocess.run([sys.executable, *argv], stdout=subprocess.DEVNULL, check=True)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
+print(min(seconds(*sys.argv[1:]) for _ in range(4)))
+"""
+
+
+def cpu_seconds(*argv: str) -> float:
+    """The processor time of a fresh Python, the best of four: others' work on this machine counts little."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *argv],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    return float(done.stdout)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="tells no processor time of children")
+def test_help_is_there_at_once() -> None:
+    # On a slow machine, what Typer, Rich and pydantic take by themselves is the measure.
+    bound = max(0.4, 3 * cpu_seconds("-c", FRAMES))
+    for words in ("", "train"):
+        assert cpu_seconds("-m", "router_cli", *words.split(), "--help") < bound, words
+
+
 def test_importing_any_module_has_no_effect_and_loads_no_heavy_package(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     files = sorted((root / "router_cli").rglob("*.py"))
