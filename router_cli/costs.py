@@ -82,10 +82,11 @@ class Budget:
     Before a request is sent, its worst case is reserved; once it ended, `settle` books what it did cost. `spent` is
     booked, `reserved` is held by requests in flight, `uncertain` is the part of `spent` that was booked for requests
     whose answer was lost, and may not have been charged. A `limit` of None is no limit: sums are kept all the same.
+    `earlier` is what other runs spent of the same sum.
     """
 
     def __init__(self, limit: float | None = None) -> None:
-        self.limit = limit
+        self.limit, self.earlier = limit, 0.0
         self.spent = self.reserved = self.uncertain = 0.0
         self._waiting: deque[tuple[float, asyncio.Future[None]]] = deque()
 
@@ -128,11 +129,13 @@ class Budget:
             self._waiting.popleft()
 
     def _fits(self, worst: float) -> bool:
-        return self.limit is None or self.spent + self.reserved + worst <= self.limit + _ROUNDING
+        return self.limit is None or self.earlier + self.spent + self.reserved + worst <= self.limit + _ROUNDING
 
     def _refuse(self, worst: float) -> None:
-        if self.limit is not None and self.spent + worst > self.limit + _ROUNDING:
+        spent = self.earlier + self.spent
+        if self.limit is not None and spent + worst > self.limit + _ROUNDING:
+            before = f" ({dollars(self.earlier)} by earlier calls)" if self.earlier else ""
             raise BudgetReached(
-                f"--max-cost {dollars(self.limit)} is reached: {dollars(self.spent)} are spent, and one more request "
-                f"may cost {dollars(worst)}; the same command with a larger --max-cost goes on from here"
+                f"--max-cost {dollars(self.limit)} is reached: {dollars(spent)} are spent{before}, and one more "
+                f"request may cost {dollars(worst)}; the same command with a larger --max-cost goes on from here"
             )

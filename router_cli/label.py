@@ -92,6 +92,8 @@ class _Run:
         """Survey, agree on the price, ask, derive."""
         self.estimate = self.survey()
         if self.paid:
+            # The store of batches counts for itself.
+            self.teacher.budget.earlier = 0.0 if self.settings.label.batch else self.journal.paid
             approve(None if self.streamed else self.estimate, self.settings, self.progress, confirm)
         with self.journal.open():
             self.before = self.journal.size
@@ -110,6 +112,7 @@ class _Run:
             finally:
                 with contextlib.suppress(RouterError):  # it is only found out again
                     self.journal.learns(self.teacher.learnt)
+                    self.journal.went_astray(self.astray)
         self.reread()
         if self.stopped and not any(True for _ in self.worklist.rows(self.journal, 0)):
             raise BudgetReached(self.stopped)
@@ -253,11 +256,18 @@ class _Run:
             self.progress.warn(f"{question.task.id}: {why}; the next run asks again")
         self.refused += answer.final and answer.decision is None
 
+    @property
+    def astray(self) -> float:
+        """Dollars that may have been charged for answers that did not arrive or were not kept."""
+        budget, known = self.teacher.budget, self.usage.cost_usd
+        return budget.uncertain if known is None else max(0.0, budget.spent - known)
+
     def status(self) -> str:
         """Cost, tokens and rejections so far."""
         spent, cap, parts = self.usage, self.settings.label.max_cost, []
         if self.paid:
-            parts.append(costs.dollars(spent.cost_usd) + (f" of {costs.dollars(cap)}" if cap is not None else ""))
+            of = "" if cap is None else f" of {costs.dollars(max(0.0, cap - self.teacher.budget.earlier))}"
+            parts.append(costs.dollars(spent.cost_usd) + of)
             parts.append(f"{spent.prompt_tokens + spent.completion_tokens:,} tokens")
         if self.refused:
             parts.append(f"{self.refused} rejected")
@@ -302,7 +312,7 @@ class _Run:
             split_votes=counts.split_votes,
             usage=self.usage,
             usage_all=counts.usage,
-            astray_usd=max(0.0, teacher.budget.spent - (self.usage.cost_usd or 0.0)),
+            astray_usd=self.astray,
             requests=teacher.requests,
             wasted=teacher.wasted,
             estimate=self.estimate if self.paid and not self.streamed else None,

@@ -7,6 +7,7 @@ One JSON object a line, only ever appended to:
     {"unanswered": KEY, "sample": 0, "why": ..., "usage": ...}   nothing came of it: it is to be asked again
     {"run": TIME, "lost": 2}                                     a run begins, and named what an earlier one lost
     {"learnt": {"endpoint": ..., "model": ...}}                  what the endpoint turned out not to take
+    {"astray": 0.01}                                             dollars that a run's lost answers may have cost
 
 `sample` numbers the votes of one task; KEY is of `worklist.Worklist.key`. What was asked for without an answer, or a
 line that says why there is none, may have been paid for and lost: the next run names it. The last row of a sample
@@ -59,6 +60,7 @@ class Journal:
         self._syncing = asyncio.Lock()
         self._open_asks: dict[tuple[str, int], str] = {}
         self.learnt: dict[str, Any] = {}  # about the endpoint, by the last run that learnt something
+        self.paid = 0.0  # dollars, as far as the entries were read
 
     # -- reading ----------------------------------------------------------------------------------------------
 
@@ -87,14 +89,18 @@ class Journal:
             self._open_asks[str(row["asks"]), int(row["sample"])] = str(row["id"])
         elif "unanswered" in row:
             self._open_asks.pop((str(row["unanswered"]), int(row["sample"])), None)
+            self.paid += row["usage"]["cost_usd"] or 0.0
         elif "run" in row:
             self._open_asks.clear()
         elif "learnt" in row:
             self.learnt = dict(row["learnt"])
+        elif "astray" in row:
+            self.paid += float(row["astray"])
         else:
             entry = Entry(str(row["provenance"]["key"]), int(row.get("sample", 0)), at)
             bytes.fromhex(entry.key)  # or it is no key
             self._open_asks.pop((entry.key, entry.sample), None)
+            self.paid += row["provenance"]["usage"]["cost_usd"] or 0.0
             return entry
         return None
 
@@ -147,6 +153,11 @@ class Journal:
         """Keep what was found out about the endpoint for the next run."""
         if learnt and learnt != self.learnt:
             self._write({"learnt": learnt})
+
+    def went_astray(self, dollars: float) -> None:
+        """Note what this run may have paid for answers that never came."""
+        if dollars > 0:
+            self._write({"astray": dollars})
 
     async def finished(self, row: Label | Rejection, sample: int) -> None:
         """Keep a finished sample; back at once, but for those that must wait for the disk to bound what is at risk."""

@@ -221,6 +221,23 @@ def test_a_reached_budget_keeps_everything_and_a_larger_one_goes_on(
     assert second.stopped is None and second.complete and set(server.answered().values()) == {1}
 
 
+def test_a_budget_holds_over_all_calls_of_an_output(tmp_path: Path) -> None:
+    """Also over what earlier calls paid without a label, or for answers that got lost."""
+    data, cap = some_tasks(tmp_path, 12), 0.05
+    bad = {"Write part 1.": Reply(drop=True), "Write part 2.": Reply(content="{}")}
+    chosen = {"label__max_cost": cap, "endpoint__retries": 0, "label__concurrency": 1, "label__reask": 0}
+    stopped = []
+    with FakeTeacher(behave=lambda call: bad.get(call.task), bill_lost=True) as server:
+        for limit in (1, 2, 4, 12, 12, 12):
+            with contextlib.suppress(BudgetReached):
+                stopped.append(label(settings(data, server.url, label__limit=limit, **chosen)).stopped)
+            assert server.cost <= cap
+        count = len(server.calls)
+        assert not any(stopped[:2]) and "by earlier calls" in str(stopped[-1])
+        last = label(settings(data, server.url, label__limit=12, **{**chosen, "label__max_cost": 1.0}))
+    assert count < 12 and not last.stopped and len(server.calls) > count
+
+
 def test_answers_on_their_way_at_a_reached_budget_are_kept(tmp_path: Path) -> None:
     data = tmp_path / "tasks.jsonl"
     write_tasks(
