@@ -86,9 +86,10 @@ def play(
     concurrency: int = 64,
     latency: float = 0.5,
     refusal: float = 0.005,
+    seed: int = 1,
 ) -> Played:
     """Send `tasks` tasks, a millisecond of work each, and take refused ones up again; the time to the last answer."""
-    rng, order = random.Random(1), itertools.count()
+    rng, order = random.Random(seed), itertools.count()
     now, ready, left, done, sent = 0.0, min(concurrency, tasks), max(0, tasks - concurrency), 0, 0
     coming: list[tuple[float, int, Callable[[float], bool]]] = []
 
@@ -152,6 +153,14 @@ def test_a_limit_is_used_up_and_hardly_overstepped(
 ) -> None:
     played = play(replace(endpoint), Pace(rpm=rpm), concurrency=concurrency)
     assert 1000 / (RATE * played.seconds) >= 0.98 and played.wasted <= wasted
+
+
+@pytest.mark.parametrize("refusal", [0.003, 0.01, 0.03])
+@pytest.mark.parametrize("concurrency", [64, 256])
+def test_pauses_of_whole_seconds_leave_the_limit_used_whatever_the_moments(concurrency: int, refusal: float) -> None:
+    for seed in range(5):
+        played = play(Endpoint(after=True), Pace(), concurrency=concurrency, refusal=refusal, seed=seed)
+        assert 1000 / (RATE * played.seconds) >= 0.98 and played.wasted <= 0.12
 
 
 def test_without_a_limit_nothing_is_held_back() -> None:
