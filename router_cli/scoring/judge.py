@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +69,7 @@ def judge(
     return Figures(
         **dict(_own(router, examples, gold, classes, resamples, seed)),
         classes=tuple(classes),
-        systems=tuple(_system(system, router, examples, gold, resampled) for system in systems),
+        systems=tuple(_system(system, router, examples, gold, resampled, (resamples, seed)) for system in systems),
         sides=tuple(sides),
         slices=parts.slices(examples, about or {}, systems, classes, resamples, seed),
         mistakes=tuple(_mistakes(router, examples, (router.labels == gold).astype(float))),
@@ -96,6 +95,7 @@ def _own(
         "role_f1": partial(metrics.mean, role_f1),
         "step_difference": partial(metrics.mean, step_difference),
     }
+    measured |= {f"F1 of {name}": partial(_f1, gold, system.labels, count, i) for i, name in enumerate(classes)}
     resampled = intervals.bootstrap(measured, n, resamples, seed)
     expected, p = intervals.coin_test(gold, system.labels, resamples, seed)
     calibration, selective = _confidence(system, gold, correct, resamples, seed)
@@ -113,7 +113,7 @@ def _own(
         step_exact=metrics.wilson(int(step_exact.sum()), n),
         step_difference=_known(resampled.score("step_difference")),
         per_class=tuple(
-            ClassRow(name=name, **asdict(score))
+            _class_row(name, score, resampled)
             for name, score in zip(classes, metrics.per_class(gold, system.labels, count), strict=True)
         ),
         confusion=tuple(tuple(int(cell) for cell in row) for row in counts),
@@ -122,6 +122,23 @@ def _own(
         coin=Coin(expected=expected, p=p),
         entropy=metrics.entropy((taken / max(1.0, taken.sum())).tolist()),
         spending=parts.spending(system.spent, resamples, seed),
+    )
+
+
+def _f1(gold: Array, labels: Array, count: int, place: int, weights: Array) -> Array:
+    found: Array = metrics.f1(metrics.confusion(gold, labels, count, weights))[..., place]
+    return found
+
+
+def _class_row(name: str, score: metrics.ClassScore, resampled: intervals.Resampled) -> ClassRow:
+    hits = round((score.recall or 0) * score.support)
+    return ClassRow(
+        name=name,
+        precision=metrics.wilson(hits, score.predicted) if score.predicted else None,
+        recall=metrics.wilson(hits, score.support) if score.support else None,
+        f1=_known(resampled.score(f"F1 of {name}")),
+        support=score.support,
+        predicted=score.predicted,
     )
 
 
@@ -145,12 +162,14 @@ def _known(score: Score) -> Score | None:
 
 
 def _system(
-    system: Answers, router: Answers, examples: Sequence[Example], gold: Array, resampled: intervals.Resampled
+    system: Answers,
+    router: Answers,
+    examples: Sequence[Example],
+    gold: Array,
+    resampled: intervals.Resampled,
+    how: tuple[int, int],
 ) -> System:
-    import numpy as np
-
     n, correct = len(examples), system.labels == gold
-    sure, spread = ~np.isnan(system.confidence), ~np.isnan(system.probabilities).any(axis=1)
     whole = [one == example.decision for one, example in zip(system.decisions, examples, strict=False)]
 
     def difference(metric: str) -> Difference | None:
@@ -165,8 +184,8 @@ def _system(
         macro_f1=resampled.score(f"macro-F1 of {system.name}"),
         valid=metrics.wilson(int((system.labels != metrics.NONE).sum()), n) if whole else None,
         exact=metrics.wilson(sum(whole), n) if whole else None,
-        ece=float(metrics.ece(system.confidence[sure], correct[sure])) if sure.any() else None,
-        brier=float(metrics.brier(system.probabilities[spread], gold[spread])) if spread.any() else None,
+        ece=_ece(system, correct, *how),
+        brier=_brier(system, gold, *how),
         accuracy_difference=difference("accuracy"),
         macro_f1_difference=difference("macro-F1"),
         note=system.note,
@@ -189,18 +208,13 @@ def _confidence(
         resamples,
         seed,
     )
-    spread = np.flatnonzero(~np.isnan(router.probabilities).any(axis=1))
-    brier = None
-    if len(spread):
-        metric = partial(metrics.brier, router.probabilities[spread], gold[spread])
-        brier = intervals.bootstrap({"brier": metric}, len(spread), resamples, seed).score("brier")
     coverage, risk, threshold = metrics.risk_coverage(confidence, right)
     kept = np.unique(np.linspace(0, len(coverage) - 1, min(_CURVE_POINTS, len(coverage))).round().astype(int))
     return Calibration(
         n=len(rows),
         ece=metrics.ece_interval(confidence, right, resamples, seed),
         ece_when_calibrated=metrics.ece_when_calibrated(confidence, seed),
-        brier=brier,
+        brier=_brier(router, gold, resamples, seed),
         bins=tuple(ReliabilityBin(**vars(one)) for one in metrics.reliability(confidence, right)),
     ), SelectiveRisk(
         n=len(rows),
@@ -209,6 +223,25 @@ def _confidence(
             RiskPoint(coverage=float(coverage[i]), risk=float(risk[i]), threshold=float(threshold[i])) for i in kept
         ),
     )
+
+
+def _ece(system: Answers, correct: Array, resamples: int, seed: int) -> Score | None:
+    import numpy as np
+
+    rows = np.flatnonzero(~np.isnan(system.confidence))
+    if not len(rows):
+        return None
+    return metrics.ece_interval(system.confidence[rows], correct[rows].astype(float), resamples, seed)
+
+
+def _brier(system: Answers, gold: Array, resamples: int, seed: int) -> Score | None:
+    import numpy as np
+
+    rows = np.flatnonzero(~np.isnan(system.probabilities).any(axis=1))
+    if not len(rows):
+        return None
+    metric = partial(metrics.brier, system.probabilities[rows], gold[rows])
+    return intervals.bootstrap({"brier": metric}, len(rows), resamples, seed).score("brier")
 
 
 def _mistakes(router: Answers, examples: Sequence[Example], correct: Array) -> list[Mistake]:

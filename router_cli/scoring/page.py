@@ -72,6 +72,11 @@ def score(found: Score | None) -> str:
     return f"<span class='figures'>{found.value:.3f} <small>{found.low:.3f} to {found.high:.3f}</small></span>"
 
 
+def stacked(found: Score | None) -> str:
+    """The same in a narrow column: the interval below."""
+    return score(found).replace("<small>", "<small style='display:block'>")
+
+
 def difference(found: Difference | None, reach: float) -> str:
     """A paired difference on an axis from -reach to reach, with what it says."""
     if found is None:

@@ -116,8 +116,7 @@ def _systems(report: Report) -> str:
             f"<td>{pictures.interval_bar(one.accuracy, 0, 1, tone)}{page.score(one.accuracy)}</td>"
             f"<td>{page.difference(one.macro_f1_difference, reach or 1.0)}</td>"
             f"<td>{page.difference(one.accuracy_difference, reach or 1.0)}</td>"
-            f"<td class='n'>{page.plain(one.exact.value if one.exact else None)}</td>"
-            f"<td class='n'>{page.plain(one.ece)}</td><td class='n'>{page.plain(one.brier)}</td></tr>"
+            f"<td>{page.stacked(one.exact)}</td><td>{page.stacked(one.ece)}</td><td>{page.stacked(one.brier)}</td></tr>"
         )
     return page.table(head, rows)
 
@@ -128,8 +127,8 @@ def _differences(system: System) -> Iterable[Difference]:
 
 def _per_class(report: Report) -> str:
     rows = [
-        f"<tr><th scope='row'>{escape(row.name)}</th><td class='n'>{page.plain(row.precision)}</td>"
-        f"<td class='n'>{page.plain(row.recall)}</td><td class='n'>{page.plain(row.f1)}</td>"
+        f"<tr><th scope='row'>{escape(row.name)}</th><td class='n'>{page.score(row.precision)}</td>"
+        f"<td class='n'>{page.score(row.recall)}</td><td class='n'>{page.score(row.f1)}</td>"
         f"<td class='n'>{row.support}</td><td class='n'>{row.predicted}</td></tr>"
         for row in report.per_class
     ]

@@ -35,7 +35,7 @@ def side_by_side(report: Report) -> str:
     ]
     rows += [
         f"<tr><th scope='row'>F1, {escape(topology)}</th>"
-        + "".join(f"<td class='n'>{page.plain(one.per_class[place].f1)}</td>" for _, one in every)
+        + "".join(f"<td class='n'>{page.score(one.per_class[place].f1)}</td>" for _, one in every)
         + "</tr>"
         for place, topology in enumerate(report.classes)
     ]

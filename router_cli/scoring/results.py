@@ -26,8 +26,8 @@ class System(Record):
     macro_f1: Score
     valid: Score | None = None
     exact: Score | None = None
-    ece: float | None = None
-    brier: float | None = None
+    ece: Score | None = None
+    brier: Score | None = None
     accuracy_difference: Difference | None = None
     macro_f1_difference: Difference | None = None
     note: str = ""
@@ -37,9 +37,9 @@ class ClassRow(Record):
     """One topology: precision of its predictions, recall of its tasks."""
 
     name: str
-    precision: float | None
-    recall: float | None
-    f1: float | None
+    precision: Score | None
+    recall: Score | None
+    f1: Score | None
     support: int
     predicted: int
 

@@ -8,24 +8,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from router_cli.schema import Score
-from router_cli.scoring import escalation, intervals, metrics, oracles, parts, policies, routing, worth_words
+from router_cli.scoring import escalation, intervals, metrics, oracles, parts, policies, worth_words
 from router_cli.scoring.outcomes import Table, subset
 from router_cli.scoring.policies import Kind, Policy, Wish, Wished
-from router_cli.scoring.worth_results import (
-    CurvePoint,
-    PolicyRow,
-    ReplayCounts,
-    Replayed,
-    RoutingMetrics,
-    TeacherRegret,
-)
+from router_cli.scoring.worth_metrics import field_metrics
+from router_cli.scoring.worth_results import PolicyRow, ReplayCounts, Replayed, TeacherRegret
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
-
-_CURVE_POINTS = 200
 
 
 @dataclass(frozen=True)
@@ -110,7 +102,7 @@ def _judge(
     ]
     everybody = [first, *(one for one in (*own, *fixed) if one is not first), *(one for one in others if one)]
     rows = _rows(everybody, how)
-    metric, curve = _metrics(table, first, score, fixed, strong, how)
+    metric, curve = field_metrics(table, first, score, fixed, strong, how.resamples, how.seed)
     noise = oracles.rerun_noise(table, first, fixed[strong], strong)
     found = Replayed(
         name=table.name,
@@ -218,54 +210,6 @@ def _rows(everybody: Sequence[Policy], how: Choosing) -> list[PolicyRow]:
             )
         )
     return rows
-
-
-# -- the field's metrics ----------------------------------------------------------------------------------------
-
-
-def _metrics(
-    table: Table, first: Policy, score: Array | None, fixed: Sequence[Policy], strong: int, how: Choosing
-) -> tuple[RoutingMetrics | None, list[CurvePoint]]:
-    import numpy as np
-
-    if first.kind != "router" or first.choice is None:
-        return None, []
-    both = np.flatnonzero(table.executed[:, 0] & table.executed[:, strong])
-    weak, better = table.solved[both, 0], table.solved[both, strong]
-    priced = table.unit != "rank"
-    points = [(float(np.nanmean(one.price)), float(np.nanmean(one.solved))) for one in fixed]
-    low, high = min(cost for cost, _ in points), max(cost for cost, _ in points)
-    own = [points[0], points[strong], (float(first.price.mean()), float(first.solved.mean()))]
-    measured: dict[str, metrics.Metric] = {"pgr": partial(routing.pgr, first.solved[both], weak, better)}
-    curve: list[CurvePoint] = []
-    if score is not None and strong and len(both):
-        share, quality = routing.call_curve(score[both], weak, better)
-        spent = routing.call_curve(score[both], table.price[both, 0], table.price[both, strong])[1]
-        measured["apgr"] = partial(routing.apgr, score[both], weak, better)
-        kept = np.unique(np.linspace(0, len(share) - 1, min(_CURVE_POINTS, len(share))).round().astype(int))
-        curve = [CurvePoint(share=float(share[i]), price=float(spent[i]), solved=float(quality[i])) for i in kept]
-        own += list(zip(spent.tolist(), quality.tolist(), strict=True))
-    found: dict[str, Score | None] = {"pgr": None, "apgr": None}
-    if strong and len(both) and better.mean() > weak.mean():
-        resampled = intervals.bootstrap(measured, len(both), how.resamples, how.seed)
-        found |= {name: resampled.score(name) for name in measured}
-    thresholds = [
-        routing.cpt(score[both], weak, better, target) if score is not None and strong and len(both) else None
-        for target in (0.5, 0.8)
-    ]
-    optimal = routing.optimality(first.choice, np.nan_to_num(table.solved) >= 0.5, table.price)
-    return RoutingMetrics(
-        weak=table.topologies[0],
-        strong=table.topologies[strong],
-        **found,
-        cpt_50=thresholds[0],
-        cpt_80=thresholds[1],
-        aiq=routing.aiq(own, low, high) if priced else None,
-        aiq_fixed=routing.aiq(points, low, high) if priced else None,
-        opt_sel=optimal.selection,
-        opt_cost=optimal.cost if priced else None,
-        opt_acc=optimal.accuracy,
-    ), curve
 
 
 # -- the teacher -----------------------------------------------------------------------------------------------------

@@ -116,12 +116,7 @@ def _metrics(found: Replayed) -> str:
     if one is None:
         return "<p class='words'>No router was judged.</p>"
 
-    def value(score: Score | float | None) -> str:
-        if isinstance(score, Score):
-            return page.score(score)
-        return page.plain(score)
-
-    facts: Sequence[tuple[str, Score | float | None, str]] = (
+    facts: Sequence[tuple[str, Score | None, str]] = (
         ("PGR", one.pgr, f"of the gap from {one.weak} to {one.strong}, this share is recovered"),
         ("APGR", one.apgr, "the same, averaged over all shares of calls; a coin has 0.5"),
         ("CPT(50)", one.cpt_50, f"share of calls to {one.strong} that recovers half the gap; a coin needs 0.5"),
@@ -133,7 +128,7 @@ def _metrics(found: Replayed) -> str:
         ("Opt.Acc", one.opt_acc, "solved tasks over those that any topology solves"),
     )
     rows = [
-        f"<tr><th scope='row'>{escape(name)}</th><td class='n'>{value(score)}</td>"
+        f"<tr><th scope='row'>{escape(name)}</th><td class='n'>{page.score(score)}</td>"
         f"<td class='words'>{escape(words)}</td></tr>"
         for name, score, words in facts
     ]

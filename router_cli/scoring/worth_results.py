@@ -41,14 +41,14 @@ class RoutingMetrics(Record):
     strong: str
     pgr: Score | None
     apgr: Score | None
-    cpt_50: float | None
-    cpt_80: float | None
-    aiq: float | None
+    cpt_50: Score | None
+    cpt_80: Score | None
+    aiq: Score | None
     # The same of fixed topologies and coins between them.
-    aiq_fixed: float | None
-    opt_sel: float | None
-    opt_cost: float | None
-    opt_acc: float | None
+    aiq_fixed: Score | None
+    opt_sel: Score | None
+    opt_cost: Score | None
+    opt_acc: Score | None
 
 
 class RerunNoise(Record):

@@ -9,9 +9,11 @@ import pytest
 
 from router_cli.evaluate import evaluate
 from router_cli.jsonl import write_rows
+from router_cli.replay import replay
 from router_cli.settings import load
 from tests import browser
 from tests.unit.test_evaluate import labels, right
+from tests.unit.test_replay import predictions, runs
 
 needs_chromium = pytest.mark.skipif(browser.CHROMIUM is None, reason=browser.MISSING)
 
@@ -47,3 +49,18 @@ def test_every_picture_is_to_be_seen_and_the_console_is_silent(report: Path, dar
     for picture in seen.pictures:
         assert picture.whole, f"{picture.label} is cut off"
         assert picture.drawn > 0.01 and picture.colours > 10, f"{picture.label} is blank"
+
+
+@needs_chromium
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_page_of_a_replay_shows_its_picture_and_its_metrics(tmp_path: Path, dark: bool) -> None:
+    write_rows(tmp_path / "p.jsonl", predictions())
+    write_rows(tmp_path / "o.jsonl", runs())
+    given = {"outcomes": tmp_path / "o.jsonl", "predictions": tmp_path / "p.jsonl", "output_dir": tmp_path}
+    options = {f"eval.{name}": ("", str(value)) for name, value in given.items()}
+    replay(load({**options, "eval.resamples": ("", 200), "eval.unsolved_penalty": ("", 3)}))
+    seen = browser.look(tmp_path / "report.html", dark)
+    assert (seen.console, seen.brightness < 60) == ([], dark) and seen.overflow <= 0
+    (picture,) = seen.pictures
+    assert picture.label.startswith("Solved share by US dollars") and picture.whole
+    assert picture.drawn > 0.01 and picture.colours > 10

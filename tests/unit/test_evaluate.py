@@ -142,6 +142,9 @@ def test_shares_count_the_right_topologies_and_decisions(judge):
     assert report.valid.low < 1.0
     assert sum(map(sum, report.confusion)) == 60
     assert [row.support for row in report.per_class] == [15] * 4
+    for row in report.per_class:
+        for one in (row.precision, row.recall, row.f1):
+            assert one.low <= one.value <= one.high and one.high - one.low > 0.05, "every figure has its interval"
     assert report.mistakes[0].gold.topology != report.mistakes[0].predicted.topology
 
 
@@ -394,6 +397,7 @@ def test_calibration_and_selective_risk_follow_the_probabilities(judge):
     assert report.calibration.n == 60
     assert [one.count for one in report.calibration.bins] == [15, 45]
     assert report.calibration.ece.value == pytest.approx(0.75 * 0.05 + 0.25 * 0.4)
+    assert (report.systems[0].ece, report.systems[0].brier) == (report.calibration.ece, report.calibration.brier)
     assert [(point.coverage, point.risk) for point in report.selective.curve] == [(0.75, 0.0), (1.0, 0.25)]
     assert report.mistakes[0].probability == 0.4
     assert any("1 judged prediction is from a fallback" in note for note in report.notes)

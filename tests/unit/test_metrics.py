@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
+from scipy.stats import entropy as scipy_entropy
 from sklearn import metrics as reference
 
 from router_cli.schema import Score
@@ -115,6 +117,35 @@ def test_aurc_is_the_mean_risk_over_coverages_and_rewards_knowing_ones_errors():
     sure = np.array([0.9, 0.8, 0.7, 0.6, 0.5])
     assert metrics.aurc(sure, correct) == pytest.approx((0 + 0 + 1 / 3 + 1 / 4 + 2 / 5) / 5)
     assert metrics.aurc(1 - sure, correct) > metrics.aurc(sure, correct)
+
+
+@given(shares)
+def test_aurc_is_the_plain_mean_over_rows_of_the_risk_at_their_confidence(pairs):
+    confidence, correct = arrays(pairs)
+    wanted = np.mean([1 - correct[confidence >= own].mean() for own in confidence])
+    assert metrics.aurc(confidence, correct.astype(float)) == close(wanted)
+
+
+@given(st.integers(1, 400), st.floats(0, 1))
+def test_wilson_is_that_of_scipy(n, part):
+    hits = round(part * n)
+    wanted = binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    found = metrics.wilson(hits, n)
+    assert (found.value, found.low, found.high) == (close(hits / n), close(wanted.low), close(wanted.high))
+
+
+@given(st.lists(st.tuples(st.sets(st.sampled_from("abcd"), min_size=1), st.sets(st.sampled_from("abcd"))), min_size=1))
+def test_role_overlap_is_the_f1_of_scikit_learn(pairs):
+    gold, predicted = ([[name in one for name in "abcd"] for one in side] for side in zip(*pairs, strict=True))
+    overlap, equal = metrics.role_agreement(*zip(*pairs, strict=True))
+    assert overlap.mean() == close(reference.f1_score(gold, predicted, average="samples", zero_division=0))
+    assert equal.mean() == close(reference.accuracy_score(gold, predicted))
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=6))
+def test_entropy_is_that_of_scipy(parts):
+    shares = np.array(parts) / sum(parts)
+    assert metrics.entropy(shares.tolist()) == close(scipy_entropy(shares, base=2))
 
 
 def test_equal_confidences_have_the_error_share_as_risk_whatever_the_order_of_rows():

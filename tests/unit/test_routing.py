@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from router_cli.scoring import routing
 WEAK = np.array([0.0, 0.0, 1.0, 1.0])
 STRONG = np.array([1.0, 1.0, 1.0, 0.0])
 PERFECT = np.array([0.9, 0.8, 0.2, 0.1])
+
+close = partial(pytest.approx, rel=1e-9, abs=1e-9)
 
 
 def test_pgr_is_the_recovered_share_of_the_gap():
@@ -106,3 +109,55 @@ def test_optimality_counts_no_decision_as_wrong_and_no_saving():
     assert (found.selection, found.cost, found.accuracy) == (0.5, 0.5, 0.5)
     nothing = routing.optimality(np.array([0]), np.array([[False]]), np.array([[1.0]]))
     assert nothing == routing.Optimality(None, None, None)
+
+
+CALLED = st.lists(st.tuples(st.integers(0, 4), st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(CALLED)
+def test_the_metrics_of_routellm_are_the_papers_formulas(tasks: list[tuple[int, float, float]]) -> None:
+    score, weak, strong = (np.array(column, dtype=float) for column in zip(*tasks, strict=True))
+    low, high = float(np.mean(weak)), float(np.mean(strong))
+    if not high - low > 1e-6:
+        return
+    # Every threshold by itself, from nobody called to everybody: Ong et al. 2024, equations 3 to 5.
+    points = []
+    for threshold in (np.inf, *sorted(set(score), reverse=True)):
+        quality = float(np.mean(np.where(score >= threshold, strong, weak)))
+        recovered = (quality - low) / (high - low)
+        assert routing.pgr(np.where(score >= threshold, strong, weak), weak, strong) == close(recovered)
+        points.append((float(np.mean(score >= threshold)), recovered))
+    area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(points))
+    assert routing.apgr(score, weak, strong) == pytest.approx(area, rel=1e-9, abs=1e-9 / (high - low))
+    for target in (0.5, 0.8):
+        found = routing.cpt(score, weak, strong, target)
+        assert found is not None
+        xs, ys = zip(*points, strict=True)
+        assert np.interp(found, xs, ys) == pytest.approx(target, abs=1e-9 / (high - low))
+        below = np.linspace(0, found - 1e-9, 50) if found > 1e-9 else []
+        assert all(np.interp(x, xs, ys) < target + 1e-9 / (high - low) for x in below), "and no smaller share does"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.integers(1, 3), st.integers(1, 10))
+def test_the_optimality_of_routerarena_is_a_plain_sum_over_tasks(data: st.DataObject, systems: int, n: int) -> None:
+    cells = st.lists(st.lists(st.booleans(), min_size=systems, max_size=systems), min_size=n, max_size=n)
+    costs = st.lists(st.lists(st.floats(0.01, 9), min_size=systems, max_size=systems), min_size=n, max_size=n)
+    solved, price = np.array(data.draw(cells)), np.array(data.draw(costs))
+    choice = np.array(data.draw(st.lists(st.integers(-1, systems - 1), min_size=n, max_size=n)))
+    selected, spared, right, can = 0, 0.0, 0, 0
+    for j, row, paid in zip(choice, solved, price, strict=True):
+        if not row.any():
+            continue
+        can += 1
+        best = min(cost for cost, does in zip(paid, row, strict=True) if does)
+        if j >= 0:
+            right += row[j]
+            selected += bool(row[j]) and paid[j] == best
+            spared += min(1.0, best / paid[j])
+    found = routing.optimality(choice, solved, price)
+    if not can:
+        assert found == routing.Optimality(None, None, None)
+    else:
+        assert (found.selection, found.cost, found.accuracy) == close((selected / can, spared / can, right / can))

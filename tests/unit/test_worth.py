@@ -17,8 +17,10 @@ from router_cli.scoring.outcomes import Recorded, Table, tables
 from router_cli.scoring.policies import Wish
 from router_cli.scoring.worth import Choosing, System, weigh
 from router_cli.scoring.worth_results import PolicyRow, Replayed
+from router_cli.scoring.worth_words import frontier
 
 HOW = Choosing(split="test", resamples=200, seed=1, penalty=None)
+METRICS = ("cpt_50", "cpt_80", "aiq", "aiq_fixed", "opt_sel", "opt_cost", "opt_acc")
 COST = {"single": 1.0, "chain": 4.0, "centralized": 6.0}
 
 
@@ -72,8 +74,10 @@ def test_the_replay_recovers_the_true_ranking_and_the_true_rates():
     assert row(found, "same-cost coin").solved_difference.verdict == "better"
     assert row(found, "always chain").dollars_difference.high < 0, "as good, and cheaper"
     assert row(found, "router").dollars.value == pytest.approx(1 + 3 * (kind == 0).mean())
-    assert found.metrics.apgr.low > 0.5 and found.metrics.cpt_80 < 0.5
-    assert found.metrics.aiq > found.metrics.aiq_fixed
+    assert found.metrics.apgr.low > 0.5 and found.metrics.cpt_80.high < 0.6
+    assert found.metrics.aiq.value > found.metrics.aiq_fixed.value
+    for one in (getattr(found.metrics, name) for name in METRICS):
+        assert 0 <= one.low <= one.value <= one.high <= 1 and one.high - one.low > 0.01, "every figure has its interval"
     assert not any("coin" in said or "constant" in said or "varies" in said for said in found.warnings)
 
 
@@ -231,6 +235,26 @@ def test_a_cascade_by_doubt_runs_twice_and_escalates_where_the_two_differ():
     found = policies.doubted(tables(Recorded(tuple(rows), {}, {}, 0))[0], 1)
     assert found.solved[2] == pytest.approx(2 / 3) and found.dollars[2] == pytest.approx(2 + 4 * 2 / 3)
     assert policies.doubted(world(np.ones((3, 2)), 2, 0), 1) is None
+
+
+def test_the_frontier_is_what_nothing_beats():
+    # The team solves all; centralized costs more and solves less.
+    solves = {"single": 50, "chain": 100, "centralized": 90}
+    rows = [
+        Outcome(task_id=f"t{i}", topology=name, solved=i < count, cost=COST[name])
+        for name, count in solves.items()
+        for i in range(100)
+    ]
+    found = judged(tables(Recorded(tuple(rows), {}, {}, 0))[0])
+    assert [(one.name, cost) for one, cost in frontier(found)] == [
+        ("always single", 1.0),
+        ("random", pytest.approx(11 / 3)),
+        ("always chain", 4.0),
+    ]
+    [note] = [said for said in found.notes if "frontier" in said]
+    assert "always single (0.500 at $1.00)" in note and "centralized" not in note and "oracle" not in note
+    bare = tables(Recorded(tuple(one.model_copy(update={"cost": None}) for one in rows), {}, {}, 0))[0]
+    assert frontier(judged(bare)) == []
 
 
 def test_the_cascade_of_measured_runs_is_what_was_found_by_hand():
