@@ -19,10 +19,10 @@ from dataclasses import dataclass
 # Until the first response, requests leave half a millisecond apart: the first refusals stop the rest of the burst.
 RAMP = 0.0005
 # A measured rate is tried with GAIN. It grows, by so many e-folds a second, once so many requests met no refusal; a rate
-# that is no more than a guess grows sooner and faster. Where a refusal makes everybody pause (Retry-After counts whole
-# seconds) one costs a second of all, so that there is no gain, and more patience.
+# that is no more than a guess grows sooner and faster. Where a refusal makes everybody pause (Retry-After has whole
+# seconds) it costs a second of all: there is no gain, more patience, and a guess grows more slowly.
 GAIN, PATIENCE, GROWTH = 1.03, 100, 0.2
-CAREFUL, CAREFUL_PATIENCE = 1.0, 400
+CAREFUL, CAREFUL_PATIENCE, GUESS_GROWTH = 1.0, 400, 0.5
 HASTY_PATIENCE, HASTY_GROWTH = 3, 2.0
 # A refusal costs no more than this factor where nothing was measured, or the bucket ran over and hid what it holds.
 CUT = 0.7
@@ -119,9 +119,10 @@ class Pace:
         self.sent, self._amount = self.sent + 1, self._amount + tokens
         self._since_refusal += 1
         if self._learnt is not None:
-            patience, growth = PATIENCE if self._asked is None else CAREFUL_PATIENCE, GROWTH
+            pauses = self._asked is not None
+            patience, growth = CAREFUL_PATIENCE if pauses else PATIENCE, GROWTH
             if not self._measured:
-                patience, growth = HASTY_PATIENCE, HASTY_GROWTH
+                patience, growth = HASTY_PATIENCE, GUESS_GROWTH if pauses else HASTY_GROWTH
             if self._since_refusal > patience and self._recent:
                 self._set(min(self._learnt * math.exp(growth * min(1.0, now - self._recent[-1])), 1e6))
         self._recent.append(now)
