@@ -74,8 +74,8 @@ def execute(
 
     `decisions` are the router's, by task id; `worker` takes the place of the model behind the endpoint.
     Raises UsageError without --allow-code-execution, InputError for tasks without tests, OutputError where another
-    process works in the folder, TeacherError where the worker is gone for good, BudgetReached where `run.max_cost` is;
-    what was answered before is kept, and the same call goes on from there.
+    process works in the folder, TeacherError where the worker is gone for good, BudgetReached where `run.max_cost` is
+    (of all that calls paid in this folder); what was answered is kept, and the same call goes on from there.
     """
     if not settings.eval.data:
         raise UsageError("--execute needs --data: humaneval, or files of tasks with tests")
@@ -107,12 +107,15 @@ class Calls:
     def __init__(self, path: Path) -> None:
         Appender(path).close()  # cuts off what a kill left half written
         self._known: dict[str, Said] = {}
+        self.paid = 0.0
+        """Dollars that the answers found there cost."""
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 try:
                     row = json.loads(line)
                     said = Said(row["answer"], row["model"], Usage(**row["usage"]), row["seconds"])
                     self._known[str(row["key"])] = said
+                    self.paid += said.usage.cost_usd or 0.0
                 except (ValueError, LookupError, TypeError):
                     raise InputError(f"{path}:{number}: is no recorded answer; choose another --output-dir") from None
         self._file = Appender(path)
@@ -177,13 +180,13 @@ class _Run:
     ) -> None:
         self.settings, self.cells, self.box, self.pool, self.progress = settings, cells, box, pool, progress
         wanted = settings.run
-        self.worker = _Paid(
-            worker or EndpointWorker(settings, progress),
-            calls,
-            [wanted.worker_model, wanted.temperature, wanted.answer_tokens],
-        )
+        if worker is None:
+            worker = endpoint = EndpointWorker(settings, progress)
+            endpoint.budget.earlier = calls.paid
+        identity = [wanted.worker_model, wanted.temperature, wanted.answer_tokens]
+        self.worker = _Paid(worker, calls, identity)
         self.rows: dict[int, dict[str, Any]] = {}
-        self.usage, self.failed = NOTHING, 0
+        self.usage, self.failed, self.solved = NOTHING, 0, 0
         self.verdicts: dict[tuple[str, str], asyncio.Future[Verdict]] = {}
 
     async def go(self) -> Executed:
@@ -266,8 +269,8 @@ class _Run:
             "notes": sum(len(turn.notes) for turn in done.turns),
             "decision": cell.decision.model_dump(mode="json"),
         }
-        solved = sum(row["solved"] for row in self.rows.values())
-        bar.advance(1, f"{solved} solved, {dollars(self.usage.cost_usd)}")
+        self.solved += verdict.passed
+        bar.advance(1, f"{self.solved} solved, {dollars(self.usage.cost_usd)}")
 
     async def verdict(self, code: str, tests: str, entry_point: str | None, given: str) -> Verdict:
         """The sandbox's verdict; the same code is judged by the same tests once."""

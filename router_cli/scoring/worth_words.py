@@ -119,6 +119,12 @@ def notes(found: Replayed, penalty: float | None, trained: bool) -> list[str]:
             f"where two identical runs differ on {found.noise.differing:.1%} of the tasks, and all of its gain over "
             f"the best fixed topology from {oracle.explained_at or 0:.1%} on."
         )
+    if edge := frontier(found):
+        listed = [
+            f"{row.name} ({row.solved.value:.3f} at {money(cost) if found.unit == 'USD' else f'{cost:,.0f} tokens'})"
+            for row, cost in edge
+        ]
+        said.append(f"The frontier, what nothing else beats in cost and solved tasks as measured: {', '.join(listed)}.")
     if (teacher := found.teacher) is not None:
         said.append(
             f"The teacher's labels, on {teacher.tasks} tasks, against a coin of their own mix: "
@@ -132,6 +138,23 @@ def notes(found: Replayed, penalty: float | None, trained: bool) -> list[str]:
     if any(row.kind == "knn" for row in found.policies) and not trained:
         said.append("No training split has texts and runs: kNN answers out of fold.")
     return said
+
+
+def frontier(found: Replayed) -> list[tuple[PolicyRow, float]]:
+    """The policies that none beats, by the measured values, and what each costs, the cheapest first.
+
+    One beats another that solves no less at a lower cost, or more at the same. The oracle, which nobody can be, is
+    left out. Empty where costs are unknown.
+    """
+    if found.unit == "rank":
+        return []
+    priced = [(row, row.dollars if found.unit == "USD" else row.tokens) for row in found.policies]
+    rows = [(row, cost.value) for row, cost in priced if cost is not None and row.kind != "oracle"]
+    kept: list[tuple[PolicyRow, float]] = []
+    for row, cost in sorted(rows, key=lambda one: (one[1], -one[0].solved.value)):
+        if not kept or row.solved.value > kept[-1][0].solved.value:
+            kept.append((row, cost))
+    return kept
 
 
 def money(amount: float) -> str:

@@ -71,5 +71,5 @@ def executed(done: Executed) -> Text:
         f"rows in {done.outcomes}"
     ]
     if done.failed:
-        lines.append(f"{done.failed} teams came to no result: their worker gave no answer")
+        lines.append(f"{done.failed} teams came to no result: their worker gave no answer; the same command asks again")
     return Text("\n".join(lines), style="dim")

@@ -223,6 +223,10 @@ def test_a_cap_ends_it_in_order_and_a_larger_one_goes_on(tmp_path: Path) -> None
         kept = len(rows(tmp_path / "out" / CALLS))
         # Nothing that was paid for is lost: those on their way were waited for.
         assert kept == len(server.calls) and 0 < kept * 480 / 1e6 <= 0.012
+        # The cap is the folder's: said again it buys nothing more than what still fits.
+        with pytest.raises(BudgetReached, match="by earlier calls"):
+            execute(settings(data, run__max_cost=0.012, **chosen), {})
+        assert len(server.calls) * 480 / 1e6 <= 0.012
         done = execute(settings(data, **chosen), {})
         assert len(rows(done.outcomes)) == 24 and len(server.calls) == len(rows(tmp_path / "out" / CALLS))
 
