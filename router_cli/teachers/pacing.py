@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 # Until the first response, requests leave half a millisecond apart: the first refusals stop the rest of the burst.
 RAMP = 0.0005
-# A measured rate is tried with GAIN. It grows, by so many e-folds a second, once so many requests met no refusal; a rate
-# that is no more than a guess grows sooner and faster. Where a refusal makes everybody pause (Retry-After has whole
-# seconds) it costs a second of all: there is no gain, more patience, and a guess grows more slowly.
+# A measured rate is tried with GAIN. It grows, by so many e-folds a second, once so many requests met no refusal; a
+# rate that is no more than a guess grows sooner and faster. Where a refusal makes everybody pause (Retry-After has
+# whole seconds) it costs a second of all: there is no gain, more patience, and a guess grows more slowly.
 GAIN, PATIENCE, GROWTH = 1.03, 100, 0.2
 CAREFUL, CAREFUL_PATIENCE, GUESS_GROWTH = 1.0, 400, 0.5
 HASTY_PATIENCE, HASTY_GROWTH = 3, 2.0
