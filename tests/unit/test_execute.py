@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from router_cli.space import DecisionSpace
 from router_cli.teams.given import given_decision
 from router_cli.teams.problems import read_problems
 from router_cli.teams.workers import Said
+from router_cli.train import train
+from tests import training
 from tests.fake_teacher import Call, FakeTeacher, Reply
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the sandbox needs Linux or macOS")
@@ -271,6 +273,37 @@ def test_a_killed_run_pays_again_only_for_what_was_on_its_way(tmp_path: Path) ->
     keys = [row["key"] for row in rows(out / CALLS)]
     assert len(keys) == len(set(keys)) and len(server.calls) <= len(keys) + KILLS * 6
     assert len(rows(out / "outcomes.jsonl")) == len(RATES) * 80
+
+
+@pytest.mark.slow
+def test_an_adapter_decides_first_and_a_cascade_is_chosen_on_the_training_tasks(
+    tmp_path: Path, tiny_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = training.write_rows(tmp_path / "labels.jsonl", training.label_rows(8, 0))
+    train(training.train_settings(labels, tiny_folder("smollm"), tmp_path / "adapter", validation_share=0))
+    data = write_problems(tmp_path / "toy.jsonl", 34)
+    splits = [{**row, "split": "train" if i < 30 else "test"} for i, row in enumerate(rows(data))]
+    data.write_text("".join(json.dumps(row) + "\n" for row in splits))
+
+    def odd_ones_need_a_team(call: Call) -> Reply:
+        number = int(re.search(r"def f(\d+)", call.messages[1]["content"])[1])  # type: ignore[index]
+        solved = number % 2 == 0 or "work alone" not in call.messages[0]["content"]
+        return Reply(f"```python\ndef f{number}(x):\n    return x + {number if solved else -1}\n```")
+
+    command = ["eval", "--execute", "--allow-code-execution", "--data", str(data), "--resamples", "100", "--json", "-q"]
+    command += ["--adapter", str(tmp_path / "adapter"), "--output-dir", str(tmp_path / "out")]
+    with FakeTeacher(behave=odd_ones_need_a_team) as server:
+        assert main([*command, "--base-url", server.url, "--unsolved-penalty", "1"]) == 0
+    [table] = json.loads(capsys.readouterr().out)["tables"]
+    policies = {row["name"]: row for row in table["policies"]}
+    assert table["policies"][0]["name"] == "router" and table["counts"]["judged"] == 4
+    decided = {row["task_id"]: row["decision"] for row in rows(tmp_path / "out" / "predictions.jsonl")}
+    assert len(decided) == 34 and policies["router"]["mix"].keys() <= RATES.keys()
+    for row in rows(tmp_path / "out" / "outcomes.jsonl"):
+        own = decided[row["task_id"]]
+        assert row["topology"] != own["topology"] or row["decision"] == own
+    assert "30 training tasks at $1 an unsolved one" in policies["priced cascade"]["note"]
+    assert policies["priced cascade"]["solved"]["value"] == policies["cascade"]["solved"]["value"] == 1.0
 
 
 def test_two_commands_do_not_work_in_one_folder(tmp_path: Path) -> None:
