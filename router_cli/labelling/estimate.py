@@ -125,7 +125,7 @@ class Estimator:
         requests = corrected("attempts")
         known = self._expected.cost_usd is not None
         minutes = max(
-            requests * SECONDS_AN_ANSWER / 60 / wanted.concurrency,
+            max(requests / wanted.concurrency, float(requests > 0)) * SECONDS_AN_ANSWER / 60,
             requests / wanted.rpm if wanted.rpm else 0.0,
             (prompt + completion) / wanted.tpm if wanted.tpm else 0.0,
         )

@@ -208,8 +208,8 @@ class Caller:
         reply = read(body, self.model, requests)
         if reply.violation is not None and reply.violation.name == "truncated":
             self._dialect.allow_more(sent)
-        if "response_format" in sent and not reply.structured:
-            self._dialect.adapt("response_format", sent, "ignores")
+        if reply.violation is None:
+            self._dialect.heard(sent, reply.structured)
         usage = reply.usage
         if not usage.prompt_tokens + usage.completion_tokens:
             if not self._said_unpriced:

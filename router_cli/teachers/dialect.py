@@ -5,6 +5,7 @@ Nothing is asked in advance: a refused request costs nothing, a probe would cost
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache
 from typing import Any
 
@@ -30,6 +31,7 @@ class Dialect:
         self._wanted = {**extra, "temperature": temperature}
         self._step = {"response_format": 0, "limit": 0}
         self._dropped: set[str] = set()
+        self._kept = Counter[str]()  # by format: answers that kept to it less those that did not
         self._first_tokens = self._tokens = tokens or ANSWER_TOKENS
         self._most_tokens = tokens or MOST_TOKENS
 
@@ -82,6 +84,14 @@ class Dialect:
             self._step[step] += 1
             new = ladder[self._step[step]]
             self._progress.notice(f"{self._url} {verb} {had}{said}: asking with {new} from here on")
+
+    def heard(self, sent: dict[str, Any], structured: bool) -> None:
+        """An answer came that is a JSON object alone, or is not. One bad one among good ones ignores nothing."""
+        kind = sent.get("response_format", {}).get("type")
+        if kind is not None:
+            self._kept[kind] += 1 if structured else -1
+            if self._kept[kind] < 0:
+                self.adapt("response_format", sent, "ignores")
 
     def allow_more(self, sent: dict[str, Any]) -> None:
         """An answer was cut at the limit that was sent: raise it."""

@@ -51,6 +51,7 @@ def test_an_estimate_sends_nothing_and_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [data]
     assert (found.questions, found.pilot, found.seconds) == (20, 0, pytest.approx(20))
     assert 20 * 300 < found.prompt_tokens < 20 * 900 and found.cost_usd is not None and 0 < found.cost_usd < 0.1
+    assert estimate(settings(data, label__limit=1)).seconds == 2  # no answer comes sooner
     assert "20 questions" in str(found) and found.tokenizer in str(found) and "about 20 s" in str(found)
 
 

@@ -194,6 +194,13 @@ def test_structured_output_steps_down_where_it_is_ignored() -> None:
     assert all("ignores" in text for text in said.said) and len(said.said) == 2
 
 
+def test_one_bad_answer_among_good_ones_steps_nothing_down() -> None:
+    said = Notices()
+    with FakeTeacher(Reply(), Reply('{"topology": "single", "roles": [')) as server:
+        ask(server, tasks=3, said=said)
+    assert {call.body["response_format"]["type"] for call in server.calls} == {"json_schema"} and not said.said
+
+
 @pytest.mark.parametrize("param", [True, False])
 def test_refused_temperature_and_max_tokens_are_adapted_once(param: bool) -> None:
     said = Notices()
