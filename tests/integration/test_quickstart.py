@@ -41,9 +41,30 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(tiny_model(tmp_path_factory.mktemp("model"), "smollm"))
 
 
-def test_the_loop_leaves_everything_it_promises_and_a_second_call_changes_nothing(model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    done = run(folder, model, "--json")
+@pytest.fixture(scope="module")
+def first(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("quickstart") / "run"
+    return folder, run(folder, model, "--json")
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason=browser.MISSING)
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_report_opens_without_an_error_and_shows_every_picture(
+    first: tuple[Path, subprocess.CompletedProcess[str]], dark: bool
+) -> None:
+    seen = browser.look(first[0] / "report.html", dark)
+    assert (seen.console, seen.brightness < 60) == ([], dark) and seen.overflow <= 0
+    assert all(picture.whole and picture.drawn > 0.01 for picture in seen.pictures)
+    drawn = {picture.label.split()[0] for picture in seen.pictures}
+    assert drawn == {"Confusion", "Reliability", "Risk-coverage", "Cost", "Loss"}
+    (worth,) = browser.look(first[0] / "worth/report.html", dark).pictures
+    assert worth.label.startswith("Solved share") and worth.whole and worth.drawn > 0.01
+
+
+def test_the_loop_leaves_everything_it_promises_and_a_second_call_changes_nothing(
+    model: Path, first: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    folder, done = first
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert all((folder / name).stat().st_size > 0 for name in FILES)
@@ -60,11 +81,6 @@ def test_the_loop_leaves_everything_it_promises_and_a_second_call_changes_nothin
             Decision.model_validate_json(json.dumps(row["decision"]))
     (worth,) = document["worth"]["tables"]
     assert (worth["worker"], worth["counts"]["judged"], worth["policies"][0]["name"]) == ("gpt-4-turbo", 32, "router")
-    if browser.CHROMIUM:
-        seen = browser.look(folder / "report.html")
-        assert (seen.console, seen.overflow) == ([], 0)
-        drawn = {picture.label.split()[0] for picture in seen.pictures if picture.whole and picture.drawn > 0.01}
-        assert drawn == {"Confusion", "Reliability", "Risk-coverage", "Cost", "Loss"}
     meta = json.loads((folder / "adapter/router_lora_meta.json").read_text())
     tested = {row["task_id"] for row in rows}
     assert not tested & {*meta["split"]["train"], *meta["split"]["validation"]}
