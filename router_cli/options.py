@@ -228,7 +228,13 @@ def _globals() -> list[inspect.Parameter]:
             "quiet",
             bool,
             False,
-            typer.Option("--quiet", "-q", help="Say nothing but errors.", metavar="", rich_help_panel=GLOBAL),
+            typer.Option(
+                "--quiet",
+                "-q",
+                help="No progress, notices or warnings: errors and the result alone.",
+                metavar="",
+                rich_help_panel=GLOBAL,
+            ),
         ),
         one(
             "verbose",

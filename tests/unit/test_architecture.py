@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +164,13 @@ def test_the_page_names_every_module_and_the_layers_that_are_held() -> None:
     assert written == held
     composing = page.partition("Only `quickstart`")[2].partition(" compose")[0]
     assert {"quickstart", *re.findall(r"`(\w+)`", composing)} == set(COMPOSERS)
+
+
+def test_every_folder_of_the_package_is_installed() -> None:
+    # Tests import from the checkout and would never miss one.
+    listed = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {".".join(file.parent.relative_to(ROOT.parent).parts) for file in ROOT.rglob("*.py")}
+    assert set(listed) == folders | {"router_cli.data"}
 
 
 def test_imports_point_one_way_and_heavy_ones_stay_in_functions() -> None:
