@@ -121,7 +121,19 @@ def _example(row: Mapping[str, Any], task: Task, sample_type: str, space: Decisi
         split=task.split,
         sample_type=sample_type,
         normalised=resolved.normalised,
+        solved=_solved(row),
     )
+
+
+def _solved(row: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Of each topology, its runs that solved the task, and its runs, as `router label --from-outcomes` writes them."""
+    evidence, found = row.get("evidence"), dict[str, tuple[int, int]]()
+    for name, each in evidence.items() if isinstance(evidence, dict) else ():
+        share, runs = (each.get("solved"), each.get("runs")) if isinstance(each, dict) else (None, None)
+        if not isinstance(runs, int) or runs < 1 or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ValueError(f"evidence of {name}: expected solved (a share) and runs (a number)")
+        found[name] = (round(share * runs), runs)
+    return found
 
 
 def _resolve(row: Mapping[str, Any], task: Task, space: DecisionSpace, convert: bool) -> Resolved:

@@ -138,6 +138,7 @@ def predict(backend: Backend, tasks: list[Task]) -> list[Prediction]:
             fallback=choice.fallback,
             alternatives=choice.alternatives,
             usage=choice.usage,
+            solving=choice.solving,
         )
         for task, choice in zip(tasks, backend.decide([task.text for task in tasks]), strict=True)
     ]

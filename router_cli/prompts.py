@@ -192,6 +192,11 @@ def render(decision: Decision) -> str:
     return json.dumps(decision.model_dump(), separators=(",", ":"), ensure_ascii=False)
 
 
+def render_verdict(topology: str, solved: bool) -> str:
+    """The text in which a router says whether a topology solves the task; begins as a decision does."""
+    return json.dumps({"topology": topology, "solved": solved}, separators=(",", ":"))
+
+
 def parse(answer: str, space: DecisionSpace) -> Resolved:
     """Read a decision out of a model's answer: think blocks, fences and prose around the JSON are passed over.
 
@@ -232,11 +237,24 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One training example as tokens: `input_ids`, and how many of the first are the prompt (no loss there)."""
+    """One training example as tokens: `input_ids`, and how many of the first are the prompt (no loss there).
+
+    A `verdict` ends at the token that says whether a topology solves the task; all before it counts as the prompt.
+    """
 
     input_ids: list[int]
     prompt_length: int
     cut_tokens: int = 0
+    verdict: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How an answer about one topology goes on behind the prompt, up to where it says `solved` or `unsolved`."""
+
+    start: list[int]
+    solved: int
+    unsolved: int
 
 
 def encode_prompt(text: str, space: DecisionSpace, tokenizer: Tokenizer, wording: Wording | None = None) -> list[int]:
@@ -267,6 +285,13 @@ def _ids(text: str, tokenizer: Tokenizer) -> list[int]:
 def encode_answer(decision: Decision, tokenizer: Tokenizer) -> list[int]:
     """The canonical answer's token ids with the end token, as a router is trained to give it."""
     return [*tokenizer(render(decision), add_special_tokens=False)["input_ids"], end_token(tokenizer)]
+
+
+def encode_verdict(topology: str, tokenizer: Tokenizer) -> Verdict:
+    """The tokens of a router's word on whether a topology solves a task."""
+    yes, no = (_ids(render_verdict(topology, solved), tokenizer) for solved in (True, False))
+    at = next(i for i, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b)
+    return Verdict(yes[:at], yes[at], no[at])
 
 
 def end_token(tokenizer: Tokenizer) -> int:

@@ -102,7 +102,10 @@ class Rejection(Record):
 
 
 class Example(Record):
-    """A training example: the task's text, the decision to learn, and the split it belongs to."""
+    """A training example: the task's text, the decision to learn, and the split it belongs to.
+
+    `solved` says of each topology that was executed on the task how many of its runs solved it, of how many.
+    """
 
     task_id: str
     text: str
@@ -110,6 +113,7 @@ class Example(Record):
     split: Split | None = None
     sample_type: str
     normalised: tuple[str, ...] = ()
+    solved: dict[str, tuple[int, int]] = {}
 
 
 class Alternative(Record):
@@ -119,11 +123,15 @@ class Alternative(Record):
     probability: float = Field(ge=0.0, le=1.0)
 
 
+_OPTIONAL = {"alternatives", "usage", "solving"}
+
+
 class Prediction(Record):
     """One row of `router infer`. `probability` is that of the chosen topology.
 
     `fallback` names who decided in the router's place; `decision` is None where nobody did. `alternatives`, the
-    likeliest first, are there only where they were asked for, and `usage` only where somebody counted it.
+    likeliest first, are there only where they were asked for, and `usage` only where somebody counted it; `solving`,
+    the probability that each topology solves the task, where the topology was chosen by value.
     """
 
     task_id: str
@@ -136,15 +144,12 @@ class Prediction(Record):
     fallback: str | None = None
     alternatives: tuple[Alternative, ...] | None = None
     usage: Usage | None = None
+    solving: dict[str, float] | None = None
 
     @model_serializer(mode="wrap")
     def _without_absent(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         row: dict[str, Any] = dump(self)
-        if self.alternatives is None:
-            row.pop("alternatives", None)
-        if self.usage is None:
-            row.pop("usage", None)
-        return row
+        return {key: value for key, value in row.items() if value is not None or key not in _OPTIONAL}
 
 
 class Outcome(Record):

@@ -48,6 +48,20 @@ def _triggers(value: list[str]) -> list[str]:
     return value
 
 
+def _prices(value: list[str]) -> list[str]:
+    for one in value:
+        name, _, price = one.partition("=")
+        try:
+            sound = name in TOPOLOGY_NAMES and 0 <= float(price) < float("inf")
+        except ValueError:
+            sound = False
+        if not sound:
+            raise ValueError(f"must be like single=0.002,chain=0.01, not {one}")
+    if len({one.partition("=")[0] for one in value}) < len(value):
+        raise ValueError("must not price a topology twice")
+    return value
+
+
 def _fallback(value: str | None) -> str | None:
     if value is not None and value not in ("teacher", "heuristic", "abstain") and not value.lstrip().startswith("{"):
         raise ValueError("must be teacher, heuristic, abstain or a decision as JSON")
@@ -223,6 +237,11 @@ class TrainSettings(Section):
     max_length: int = Field(2048, ge=64, description="Greatest number of tokens of an example.")
     max_samples: int | None = Field(None, ge=1, description="Train on at most N examples.")
     sample_types: Names = Field([], description="Use only rows of these sample types.")
+    objective: Literal["imitate", "solve"] = Field(
+        "imitate",
+        description="Learn the labels' decisions, or also how likely each topology is to solve a task, from rows with "
+        "evidence (`router label --from-outcomes`).",
+    )
     train_on_inputs: bool = Field(False, description="Learn the prompt too, not the answer alone.")
     drop_no_output: bool = Field(False, description="Drop rows without a usable decision instead of refusing them.")
     convert_humaneval: bool = Field(False, description="Label raw HumanEval rows offline on the way in.")
@@ -329,6 +348,15 @@ class InferSettings(Section):
     )
     fallback: Annotated[Literal["teacher", "heuristic", "abstain"] | str | None, AfterValidator(_fallback)] = Field(
         None, description="Who decides below --min-confidence: a name, or a decision as JSON."
+    )
+    value_of_solving: float | None = Field(
+        None,
+        gt=0,
+        description="What a solved task is worth: choose the topology of the highest P(solved) x this - --price, with "
+        "an adapter of --objective solve.",
+    )
+    price: Annotated[Names, AfterValidator(_prices)] = Field(
+        [], description="What a run of each topology costs, in the same money, as single=0.002,chain=0.01."
     )
     split: Literal["train", "validation", "test", "all"] = Field(
         "all", description="Which tasks, where the rows say their split."

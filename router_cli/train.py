@@ -80,6 +80,10 @@ def train(settings: Settings, progress: Progress = SILENT) -> TrainResult:
             "--train-on-inputs learns all tokens alike: it excludes --topology-passes, --topology-weight and "
             "--class-weights"
         )
+    if options.objective == "solve" and (options.train_on_inputs or options.patience or options.eval_steps):
+        raise UsageError("--objective solve excludes --train-on-inputs, --patience and --eval-steps")
+    if options.objective == "solve" and min(len(settings.decision.topologies), len(settings.decision.roles)) < 2:
+        raise UsageError("--objective solve needs two topologies and two roles, or there is nothing to choose")
     if options.activated and (options.train_on_inputs or options.gradient_checkpointing or options.export):
         raise UsageError("--activated excludes --train-on-inputs, --gradient-checkpointing and --export")
     if options.activated and ranks.sharded():
@@ -95,6 +99,11 @@ def train(settings: Settings, progress: Progress = SILENT) -> TrainResult:
     data = dataset.build(settings, space)
     for warning in data.warnings:
         progress.warn(warning)
+    if options.objective == "solve" and not any(example.solved for example in data.train):
+        raise TrainingError(
+            f"{', '.join(options.data)}: no training row holds evidence, which --objective solve learns from: "
+            "make such rows with `router label --from-outcomes`"
+        )
     ranks.join()
     run = Run(options.output_dir, _fingerprint(settings, space))
     done = run.finished()
@@ -204,6 +213,9 @@ def _fit(
     model, tokenizer = _load(settings, base, progress)
     lessons.check_model(model, tokenizer, space, base.name, progress)
     rows = lessons.encode(data.train, space, tokenizer, options.max_length, progress, options.augment, options.seed)
+    if options.objective == "solve":
+        lessons.check_verdicts(space, tokenizer, base.name)
+        rows += lessons.verdicts(data.train, rows[: len(data.train)], space, tokenizer)
     try:
         fitted = trainer.fit(model, tokenizer, space, rows, data.validation, settings, run, progress)
     except trainer.OutOfRoom as error:
@@ -270,7 +282,7 @@ def _write(
     with writing(folder), quiet():
         fitted.model.save_pretrained(folder, **({} if fitted.weights is None else {"state_dict": fitted.weights}))
         tokenizer.save_pretrained(folder)
-    calibration = _calibrated(settings, space, data.validation, base, fitted.model, tokenizer, progress)
+    calibration, solving = _calibrated(settings, space, data.validation, base, fitted.model, tokenizer, progress)
     meta = {
         "router": __version__,
         "base_model": {
@@ -295,6 +307,8 @@ def _write(
         "calibration": None if calibration is None else calibration.model_dump(mode="json"),
         "fingerprint": run.fingerprint,
     }
+    if settings.train.objective == "solve":
+        meta["solving"] = None if solving is None else solving.model_dump(mode="json")
     write_card(folder, meta, fitted.log)
     write_json(folder / META, meta)
 
@@ -307,16 +321,17 @@ def _calibrated(
     model: Any,
     tokenizer: Any,
     progress: Progress,
-) -> Calibration | None:
+) -> tuple[Calibration | None, Calibration | None]:
     """The calibration on the validation tasks, measured as `infer` serves: the adapter merged, in the type it takes.
 
-    Merges the trained model, whose adapter is saved. None without validation tasks or the memory for it.
+    And that of how likely topologies are to solve them. Merges the trained model, whose adapter is saved. None without
+    validation tasks (with runs) or the memory for it.
     """
     import numpy as np
     import torch
 
     if not validation or min(len(space.topologies), len(space.roles)) < 2:  # one role alone cannot form a team
-        return None
+        return None, None
     try:
         plain = not (ranks.sharded() or qlora.is_quantised(model.get_base_model()))
         if plain and model.dtype == serving_dtype(settings):
@@ -327,21 +342,46 @@ def _calibrated(
         encoded = [decoder.prompt(example.text) for example in validation]
         with progress.bar("calibrate", len(encoded)) as bar:
             shares = decoder.distributions(encoded)
+            chances = decoder.solving(encoded) if settings.train.objective == "solve" else []
             bar.advance(len(encoded))
     except torch.OutOfMemoryError:
         progress.warn("no calibration: there is no memory left to load the base as `router infer` does")
-        return None
-    names = space.topologies
+        return None, None
+    names, dtype = space.topologies, _name(served.dtype)
     gold = np.array([names.index(example.decision.topology) for example in validation])
     found = fit(
         np.array([[one[name] for name in names] for one in shares]),
         gold,
         names,
-        str(served.dtype).removeprefix("torch."),
+        dtype,
     )
     progress.notice(
         f"calibrated on {found.n} validation tasks: temperature {found.temperature:.2f}, ECE {found.ece_before:.3f} -> "
         f"{found.ece_after:.3f} (a perfectly calibrated router shows {found.ece_floor:.3f})"
+    )
+    return found, _solving_calibrated(validation, chances, dtype, progress)
+
+
+def _solving_calibrated(
+    validation: Sequence[Example], chances: Sequence[dict[str, float]], dtype: str, progress: Progress
+) -> Calibration | None:
+    """The calibration of how likely topologies are to solve tasks, on the runs of the validation tasks."""
+    import numpy as np
+
+    runs = [
+        (chance[name], ended)
+        for example, chance in zip(validation, chances, strict=False)
+        for name, (solved, count) in example.solved.items()
+        if name in chance
+        for ended in [1] * solved + [0] * (count - solved)
+    ]
+    if not runs:
+        return None
+    chance, ended = np.array(runs).T
+    found = fit(np.stack([chance, 1 - chance], 1), 1 - ended.astype(int), ("solved", "unsolved"), dtype)
+    progress.notice(
+        f"P(solved) calibrated on {found.n} runs of validation tasks: temperature {found.temperature:.2f}, ECE "
+        f"{found.ece_before:.3f} -> {found.ece_after:.3f} (a perfectly calibrated router shows {found.ece_floor:.3f})"
     )
     return found
 

@@ -26,6 +26,8 @@ class Choice:
     alternatives: tuple[Alternative, ...] | None = None
     # What the answer took; None where nobody counted.
     usage: Usage | None = None
+    # How likely each topology is to solve the task, where the topology was chosen by value.
+    solving: dict[str, float] | None = None
 
     @property
     def probability(self) -> float | None:
@@ -58,6 +60,8 @@ def make_backend(settings: Settings, progress: Progress = SILENT) -> Backend:
     kind = settings.infer.backend
     if settings.infer.alternatives and kind != "local":
         raise UsageError(f"--alternatives needs --backend local: {kind} does not know how likely other decisions are")
+    if settings.infer.value_of_solving is not None and kind != "local":
+        raise UsageError(f"--value-of-solving needs --backend local: {kind} does not know what topologies solve")
     if kind == "heuristic":
         from router_cli.backends.heuristic import HeuristicBackend
 

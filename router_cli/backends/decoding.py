@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from router_cli import prompts
@@ -41,12 +41,16 @@ class Run:
 
 @dataclass
 class Row:
-    """One task on its way: the branches it waits at, and the tokens to be fed there."""
+    """One task on its way: the branches it waits at, and the tokens to be fed there.
+
+    `solving` is how likely each topology is to solve it, once asked.
+    """
 
     prompt: list[int]
-    walk: Any
-    branches: list[Branch]
+    walk: Any = None
+    branches: list[Branch] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
+    solving: Shares = field(default_factory=dict)
 
 
 class Decoder:
@@ -108,14 +112,35 @@ class Decoder:
         self.cut += cut > 0
         return found
 
-    def decide(self, encoded: Sequence[Sequence[int]], alternatives: int = 0) -> list[Decoded]:
-        """Decide for prompts given as token ids (from `prompt`), in their order, each with so many `alternatives`."""
-        return self._run(encoded, lambda: self._search.decision(alternatives))
+    def decide(
+        self, encoded: Sequence[Sequence[int]], alternatives: int = 0, pick: Callable[[Shares], str] | None = None
+    ) -> list[Decoded]:
+        """Decide for prompts given as token ids (from `prompt`), in their order, each with so many `alternatives`.
+
+        `pick` chooses the topology by how likely each is to solve the task, as the model says (not calibrated).
+        """
+        if pick is None:
+            return self._run(encoded, lambda row: self._search.decision(alternatives))
+
+        def walk(row: Row) -> Walk[Decoded]:
+            found = yield from self._search.decision(alternatives, lambda shares: pick(row.solving))
+            return replace(found, solving=row.solving)
+
+        return self._run(encoded, walk, asks_solving=True)
+
+    def solving(self, encoded: Sequence[Sequence[int]]) -> list[Shares]:
+        """How likely each topology is to solve the tasks of these prompts, as the model says (not calibrated)."""
+
+        def walk(row: Row) -> Walk[Shares]:
+            yield from self._search.topology()
+            return row.solving
+
+        return self._run(encoded, walk, asks_solving=True)
 
     def distributions(self, encoded: Sequence[Sequence[int]]) -> list[Shares]:
         """The distributions over topologies alone of what `decide` would answer: mostly one pass instead of five."""
 
-        def walk() -> Walk[Shares]:
+        def walk(row: Row) -> Walk[Shares]:
             return (yield from self._search.topology())[0]
 
         return self._run(encoded, walk)
@@ -126,7 +151,9 @@ class Decoder:
 
     # -- many tasks at once -----------------------------------------------------------------------------------
 
-    def _run(self, encoded: Sequence[Sequence[int]], walk: Callable[[], Walk[Found]]) -> list[Found]:
+    def _run(
+        self, encoded: Sequence[Sequence[int]], walk: Callable[[Row], Walk[Found]], asks_solving: bool = False
+    ) -> list[Found]:
         """Go every prompt's way through the tree; what they found, in the prompts' order."""
         import torch
 
@@ -136,22 +163,27 @@ class Decoder:
         with torch.inference_mode():
             for start in range(0, len(order), self._batch_size):
                 batch = order[start : start + self._batch_size]
-                found.update(zip(batch, self._batch([list(encoded[i]) for i in batch], walk), strict=True))
+                made = self._batch([list(encoded[i]) for i in batch], walk, asks_solving)
+                found.update(zip(batch, made, strict=True))
         return [found[i] for i in range(len(encoded))]
 
-    def _batch(self, encoded: list[list[int]], walk: Callable[[], Walk[Found]]) -> list[Found]:
+    def _batch(self, encoded: list[list[int]], walk: Callable[[Row], Walk[Found]], asks_solving: bool) -> list[Found]:
         import torch
 
         found: dict[int, Found] = {}
         rows: dict[int, Row] = {}
         for number, prompt in enumerate(encoded):
-            way = walk()
+            row = Row(prompt)
+            row.walk = walk(row)
             try:
-                rows[number] = Row(prompt, way, next(way))
+                row.branches = next(row.walk)
+                rows[number] = row
             except StopIteration as end:  # a space of one decision needs no model
                 found[number] = end.value
         if rows:
             scores, cache = self._encode(list(rows.values()))
+            if asks_solving:
+                self._ask_solving(list(rows.values()), cache)
         while rows:
             led, keep, before = self._children(list(rows.values()), scores), [], len(rows)
             for place, (number, row) in enumerate(list(rows.items())):
@@ -168,6 +200,21 @@ class Decoder:
                     cache.batch_select_indices(torch.tensor(keep, device=self._model.device))
                 scores = self._forward([row.runs for row in rows.values()], cache)
         return [found[number] for number in range(len(encoded))]
+
+    def _ask_solving(self, rows: list[Row], cache: Any) -> None:
+        """Set how likely each topology is to solve the rows' tasks; what is fed for it no other run sees."""
+        import torch
+
+        names, begun = sorted(self.tree.root.topologies), len(self.tree.root.run)
+        ways = [prompts.encode_verdict(name, self._tokenizer) for name in names]
+        prompted = [row.runs for row in rows]
+        for row in rows:
+            row.runs = [Run(way.start[begun:], row.runs[0].mask) for way in ways]
+        scores = self._forward([row.runs for row in rows], cache)
+        pairs = torch.tensor([[way.solved, way.unsolved] for way in ways] * len(rows), device=scores.device)
+        shares = torch.softmax(scores.gather(1, pairs).cpu().double(), 1)[:, 0].view(len(rows), len(names))
+        for row, runs, own in zip(rows, prompted, shares.tolist(), strict=True):
+            row.runs, row.solving = runs, dict(zip(names, own, strict=True))
 
     def _make_room(self, rows: list[Row]) -> None:
         """Set the runs of the next pass: what each row wants most, and of the rest what costs next to nothing.

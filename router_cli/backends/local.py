@@ -17,6 +17,7 @@ from router_cli.backends.decoding import Decoder
 from router_cli.backends.device import ROWS_AT_ONCE, best_device, fast_dtype
 from router_cli.backends.library import quiet
 from router_cli.backends.search import SEARCHED, Decoded
+from router_cli.backends.value import value_of
 from router_cli.errors import InputError, ModelError, UsageError
 from router_cli.jsonl import read_json
 from router_cli.progress import SILENT, Progress
@@ -62,6 +63,7 @@ class LocalBackend:
         self._batch_size = settings.infer.batch_size
         # Longer prompts than it was trained with would be as foreign to a router as other words.
         self._max_length = meta.get("settings", {}).get("max_length", settings.train.max_length)
+        self._value = value_of(settings, meta, self.space)
         self._decoder = self._decoder_over(self.space)
 
     def decide(self, texts: Sequence[str]) -> list[Choice]:
@@ -72,13 +74,20 @@ class LocalBackend:
             self._say_once(
                 f"tasks that take more than {self._max_length} tokens, as in training, are shortened in their middle"
             )
-        found = self._decoder.decide(asked, self._alternatives)
+        found = self._decoder.decide(asked, self._alternatives, self._value.best if self._value else None)
         each = (time.perf_counter() - started) * 1000 / max(1, len(texts))
         if not all(one.exact for one in found):
             self._say_once(f"the search for alternatives ends after {SEARCHED} branches a task: some rows have fewer")
         return [
-            Choice(c.decision, c.topologies, each, alternatives=self._listed(c), usage=self._usage(prompt, c.decision))
-            for prompt, c in zip(asked, found, strict=True)
+            Choice(
+                one.decision,
+                one.topologies,
+                each,
+                alternatives=self._listed(one),
+                usage=self._usage(prompt, one.decision),
+                solving=self._value.solving(one.solving) if self._value and one.solving is not None else None,
+            )
+            for prompt, one in zip(asked, found, strict=True)
         ]
 
     def _usage(self, prompt: Sequence[int], decision: Decision) -> Usage:
@@ -150,6 +159,8 @@ def read_meta(adapter: Path) -> dict[str, Any]:
         raise ModelError(f"{adapter / META}: is damaged; train the adapter again")
     try:
         calibration = calibration_of(meta)
+        if meta.get("solving") is not None:
+            Calibration.model_validate(meta["solving"])
         if calibration and not set(calibration.biases) <= set(meta["topologies"]):
             raise ValueError("biases")
     except ValueError as error:

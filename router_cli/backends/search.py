@@ -30,6 +30,11 @@ Shares = dict[str, float]
 Found = TypeVar("Found")
 
 
+def likeliest(shares: Shares) -> str:
+    """The topology of the greatest share."""
+    return max(shares, key=shares.__getitem__)
+
+
 @dataclass(eq=False)
 class Branch:
     """An end of the tree that was seen but not entered: the probability of getting there, and what leads to it.
@@ -57,7 +62,8 @@ class Decoded:
     """What one task got: the decision, its own probability, and the distribution over topologies (sums to 1).
 
     `alternatives` are the most likely decisions of the whole space, the likeliest first, as many as were asked for;
-    `exact` is False where the search for them ended at `SEARCHED`.
+    `exact` is False where the search for them ended at `SEARCHED`. `solving` is how likely each topology is to solve
+    the task, where that was asked.
     """
 
     decision: Decision
@@ -65,6 +71,7 @@ class Decoded:
     topologies: Shares
     alternatives: tuple[tuple[Decision, float], ...] = ()
     exact: bool = True
+    solving: Shares | None = None
 
 
 class Search:
@@ -98,10 +105,10 @@ class Search:
         # Rounding must not make a sure topology more than certain.
         return {name: min(1.0, calibrated.get(name, 0.0)) for name in shares}, closed
 
-    def decision(self, alternatives: int) -> Walk[Decoded]:
-        """The decision of the likeliest topology, greedy below it, and the most likely of all."""
+    def decision(self, alternatives: int, pick: Callable[[Shares], str] = likeliest) -> Walk[Decoded]:
+        """The decision of the topology that `pick` takes, greedy below it, and the most likely of all."""
         shares, ends = yield from self.topology()
-        chosen = max(shares, key=shares.__getitem__)
+        chosen = pick(shares)
         best, entered = min(branch for branch in ends if chosen in branch.topologies), 0
         while True:
             greedy = self.node(best).decision

@@ -19,6 +19,7 @@ from router_cli.settings import Settings
 from router_cli.space import DecisionSpace
 from router_cli.training import qlora
 from router_cli.training.frozen import MEMORY_SHARE
+from router_cli.training.recipe import own_loss
 
 PROCESS = 0.72e9
 """Bytes of a Python process with torch, transformers, PEFT and TRL loaded (measured: CPU build of torch 2.13)."""
@@ -48,6 +49,7 @@ class Lengths:
     validation: int
     validation_longest: int
     counted_by: str
+    verdicts: int = 0
 
 
 def measure(
@@ -84,7 +86,14 @@ def measure(
         validation=len(validation),
         validation_longest=max(asked, default=0),
         counted_by="the model's tokenizer" if tokenizer is not None else f"characters / {CHARS_A_TOKEN}",
+        verdicts=_verdicts(settings, train),
     )
+
+
+def _verdicts(settings: Settings, train: Sequence[Example]) -> int:
+    """Lessons that end at whether a topology solves the task."""
+    known = [each for example in train for name, each in example.solved.items() if name in settings.decision.topologies]
+    return sum(runs for _, runs in known) if settings.train.objective == "solve" else 0
 
 
 def _shared_start(rows: Sequence[list[int]]) -> int:
@@ -101,8 +110,7 @@ def setup_of(config: Any, settings: Settings, lengths: Lengths) -> Setup:
     dtype, four_bit = base_type(settings)
     layers = config.num_hidden_layers
     adapted = min(train.lora_last_layers or layers, layers)
-    states = lengths.examples * lengths.mean * config.hidden_size * getattr(torch, dtype).itemsize
-    own_loss = train.topology_weight + train.topology_passes > 0 or train.class_weights != "none"
+    states = (lengths.examples + lengths.verdicts) * lengths.mean * config.hidden_size * getattr(torch, dtype).itemsize
     setup = Setup(
         dtype=dtype,
         device=device,
@@ -113,7 +121,7 @@ def setup_of(config: Any, settings: Settings, lengths: Lengths) -> Setup:
         four_bit=four_bit,
         rest="float32" if dtype == "float16" else dtype,
         autocast=device == "cuda" and dtype != "float32",
-        fused_head=device == "cuda" and not own_loss,
+        fused_head=device == "cuda" and not own_loss(train),
         kept=device == "cpu"
         and adapted < layers
         and not train.activated
@@ -216,13 +224,13 @@ def work(config: Any, settings: Settings, lengths: Lengths) -> tuple[int, float]
     """Optimizer steps, and floating-point operations of the whole training."""
     train, setup = settings.train, setup_of(config, settings, lengths)
     whole = 1 + train.augment
-    lessons = lengths.examples * (whole + train.topology_passes)
+    lessons = lengths.examples * (whole + train.topology_passes) + lengths.verdicts
     steps = max(1, round(train.epochs * -(-lessons // (train.batch_size * train.grad_accum * ranks.count()))))
     shared = lengths.shared if setup.device == "cpu" and not train.train_on_inputs else 0
     mean, rows = round(lengths.mean), min(train.batch_size, lengths.examples)
-    # A lesson that ends at the topology is a row without most of its answer.
+    # A lesson that ends at the topology, or soon after, is a row without most of its answer.
     short = max(1, mean - shared - lengths.answer) / max(1, mean - shared)
-    passes = lengths.examples * train.epochs * (whole + train.topology_passes * short)
+    passes = train.epochs * (lengths.examples * (whole + train.topology_passes * short) + lengths.verdicts * short)
     if train.activated:
         once = dryrun.prefill(config, setup, 1, mean).flops
         return steps, once * lengths.examples + passes * dryrun.train_step(config, setup, 1, lengths.answer, 1, 0).flops

@@ -53,6 +53,39 @@ def encode(
     return encoded
 
 
+def verdicts(
+    examples: Sequence[Example], rows: Sequence[prompts.Encoded], space: DecisionSpace, tokenizer: Any
+) -> list[prompts.Encoded]:
+    """A lesson for every recorded run of the examples, whose prompts are those of `rows`: solved, or not.
+
+    So many runs of a topology on a task, so many lessons: cross-entropy over them is least where the router gives the
+    probability that a run solves the task.
+    """
+    ways = {name: prompts.encode_verdict(name, tokenizer) for name in space.topologies}
+    found = []
+    for example, row in zip(examples, rows, strict=True):
+        asked = row.input_ids[: row.prompt_length]
+        for name, (solved, runs) in example.solved.items():
+            if name in ways:
+                way = ways[name]
+                for token in [way.solved] * solved + [way.unsolved] * (runs - solved):
+                    start = [*asked, *way.start]
+                    found.append(prompts.Encoded([*start, token], len(start), verdict=True))
+    return found
+
+
+def check_verdicts(space: DecisionSpace, tokenizer: Any, name: str) -> None:
+    """Raises ModelError for a model that cannot be asked for verdicts: their tokens must go on as a decision begins."""
+    ways = [prompts.encode_verdict(topology, tokenizer) for topology in space.topologies]
+    start = DecisionTree(space, tokenizer).root.run
+    if len({(way.solved, way.unsolved) for way in ways}) > 1 or any(
+        tuple(way.start[: len(start)]) != start for way in ways
+    ):
+        raise ModelError(
+            f"{name}: its tokenizer joins topologies with what follows: take another for --objective solve"
+        )
+
+
 def _problem(row: prompts.Encoded, example: Example, tree: DecisionTree, tokenizer: Any) -> str:
     """What is wrong with a lesson, and what to do; empty where nothing is."""
     answer, end, begin = row.input_ids[row.prompt_length :], prompts.end_token(tokenizer), tokenizer.bos_token_id

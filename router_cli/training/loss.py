@@ -2,6 +2,7 @@
 
 - On a CPU the loss is computed at the answer's positions only (TRL scores every position there), and the constant
   start of the prompts is encoded once a micro-batch.
+- A lesson that ends at whether a topology solves the task is cross-entropy between the two words that may stand there.
 - The topology is measured, and can be weighed, apart: its cross-entropy among the tokens that may stand there, which is
   what serving renormalises over. A falling total loss hides a router that learned nothing but JSON.
 """
@@ -67,6 +68,7 @@ def trainer_class() -> Any:
             topology_weight: float,
             lengths: list[int],
             class_weights: list[float] | None,
+            verdict: list[int],
             run: Run,
             own_loss: bool,
             shared: int,
@@ -75,6 +77,7 @@ def trainer_class() -> Any:
             super().__init__(*args, **kwargs)
             self._choice, self._topology_weight, self._own_loss = choice, topology_weight, own_loss
             self._lengths, self._class_weights, self._run = lengths, class_weights, run
+            self._verdict = verdict
             self.prompts: Prompts | None = None
             self.shared, self.first_layer = shared, 0
 
@@ -118,26 +121,37 @@ def trainer_class() -> Any:
             counts = scored.sum(1)
             whole = counts > 1
             places = counts.cumsum(0) - counts + torch.where(whole, offset, 0)
-            among = torch.tensor(choices, device=logits.device)
-            right = (targets[places][:, None] == among).int().argmax(1)
-            topology = torch.nn.functional.cross_entropy(logits[places][:, among], right, reduction="none")
-            found = logits[places][:, among].argmax(1) == right
-            self._metrics["train"]["topology_loss"].append(topology.mean().item())
-            self._metrics["train"]["topology_accuracy"].append(found.float().mean().item())
+            judging = torch.isin(targets[places], torch.tensor(self._verdict, device=logits.device)) & ~whole
+            chosen, right = self._among(logits, targets, places[~judging], choices, "topology")
             if self._class_weights is not None:
                 share = torch.tensor(self._class_weights, device=logits.device)[right]
-                topology, each = topology * share, each * torch.ones_like(each).index_put((places,), share)
-            # Rows that end at the topology teach the choice alone; in whole rows it weighs beside the other tokens.
+                weighed = torch.ones_like(each).index_put((places[~judging],), share)
+                chosen, each = chosen * share, each * weighed
+            judged, _ = self._among(logits, targets, places[judging], self._verdict, "solved")
+            # Rows that end at the choice teach it alone; in whole rows it weighs beside the other tokens.
             tokens = each[whole.repeat_interleave(counts)].sum() / total
-            weights = torch.where(whole, self._topology_weight, 1.0)
-            return tokens + (weights * topology).mean() / self.current_gradient_accumulation_steps
+            weights = torch.where(whole, self._topology_weight, 1.0)[~judging]
+            chosen_mean = ((weights * chosen).sum() + judged.sum()) / len(places)
+            return tokens + chosen_mean / self.current_gradient_accumulation_steps
+
+        def _among(self, logits: Any, targets: Any, places: Any, choices: list[int], name: str) -> tuple[Any, Any]:
+            """Cross-entropy at `places` among the tokens `choices`, logged by `name`, and which of them is right."""
+            if not len(places):
+                return logits.new_zeros(0), places
+            among = torch.tensor(choices, device=logits.device)
+            right = (targets[places][:, None] == among).int().argmax(1)
+            each = torch.nn.functional.cross_entropy(logits[places][:, among], right, reduction="none")
+            found = logits[places][:, among].argmax(1) == right
+            self._metrics["train"][f"{name}_loss"].append(each.mean().item())
+            self._metrics["train"][f"{name}_accuracy"].append(found.float().mean().item())
+            return each, right
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             with self._run.saving(self.state.global_step):
                 super()._save_checkpoint(model, trial)
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-            for name in ("topology_loss", "topology_accuracy"):
+            for name in ("topology_loss", "topology_accuracy", "solved_loss", "solved_accuracy"):
                 if found := self._metrics["train"].get(name):
                     found[:] = ranks.gathered(sum(found) / len(found))
             super().log(logs, start_time)

@@ -14,11 +14,15 @@ from router_cli.backends.activated import invocation
 from router_cli.backends.device import best_device
 from router_cli.backends.tree import DecisionTree
 from router_cli.errors import TrainingError
+from router_cli.sections import TrainSettings
 from router_cli.settings import Settings
 from router_cli.space import DecisionSpace
 from router_cli.training import qlora
 from router_cli.training.checkpoints import Run
 from router_cli.training.loss import IGNORED, trainer_class
+
+COARSE = 16
+"""Tokens that rows may differ by and still count as of like length, where lessons come in many alike."""
 
 
 def make_trainer(
@@ -62,8 +66,12 @@ def make_trainer(
         alora_invocation_tokens=invocation(space, tokenizer) if options.activated else None,
     )
     choice = None if options.train_on_inputs else topology_choice(space, tokenizer)
-    lessons = [(row.input_ids, 0 if options.train_on_inputs else row.prompt_length) for row in rows]
-    lessons += [until_topology(row, choice) for row in rows for _ in range(options.topology_passes)]
+    decisions = [row for row in rows if not row.verdict]
+    lessons = [(row.input_ids, 0 if options.train_on_inputs else row.prompt_length) for row in decisions]
+    lessons += [until_topology(row, choice) for row in decisions for _ in range(options.topology_passes)]
+    class_weights = _class_weights(lessons, choice) if options.class_weights == "balanced" else None
+    lessons += [(row.input_ids, row.prompt_length) for row in rows if row.verdict]
+    verdict = prompts.encode_verdict(space.topologies[0], tokenizer) if options.objective == "solve" else None
     arguments = SFTConfig(
         output_dir=str(run.checkpoints),
         max_length=None,
@@ -113,9 +121,14 @@ def make_trainer(
         topology_weight=options.topology_weight,
         run=run,
         # What is fed in a pass: with an activated adapter, the prompt is not.
-        lengths=[len(ids) - start if options.activated else len(ids) for ids, start in lessons],
-        class_weights=_class_weights(lessons, choice) if options.class_weights == "balanced" else None,
-        own_loss=options.topology_weight + options.topology_passes > 0 or options.class_weights != "none",
+        # Of one task come many verdicts of nearly one length: coarse lengths keep them from filling whole batches.
+        lengths=[
+            (len(ids) - start if options.activated else len(ids)) // (COARSE if verdict else 1)
+            for ids, start in lessons
+        ],
+        class_weights=class_weights,
+        verdict=[verdict.solved, verdict.unsolved] if verdict else [],
+        own_loss=own_loss(options),
         # A recomputed forward would find the cache already filled, a sharded model runs once a step, and with loss on
         # the prompt nothing is shared.
         shared=0
@@ -128,6 +141,12 @@ def make_trainer(
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     return trainer
+
+
+def own_loss(options: TrainSettings) -> bool:
+    """Whether the loss is one that TRL's own, the fast one on a GPU, does not know."""
+    weighed = options.topology_weight + options.topology_passes > 0 or options.class_weights != "none"
+    return weighed or options.objective == "solve"
 
 
 def _is_linear(part: Any) -> bool:

@@ -138,7 +138,8 @@ def _attempt(
         layers = layers[-options.lora_last_layers :]
     if ranks.sharded() and validation:
         progress.notice("no process holds the whole model: nothing is validated between epochs, the last one is kept")
-    held_out = HeldOut(tokenizer, space, () if ranks.sharded() else validation)
+    # How sure a router is of solving is measured once, at the end: the last epoch is kept.
+    held_out = HeldOut(tokenizer, space, () if ranks.sharded() or options.objective == "solve" else validation)
     # Older versions of TRL draw the adapter's first weights before they set the seed.
     set_seed(options.seed)
     with quiet():
@@ -164,7 +165,7 @@ def _attempt(
         watch.frozen = _frozen(model, layers[0], rows, tokenizer, trainer.shared, progress)
     if watch.frozen and options.topology_passes:
         choice = topology_choice(space, tokenizer)
-        for row in rows:
+        for row in (one for one in rows if not one.verdict):
             watch.frozen.share(row.input_ids, len(until_topology(row, choice)[0]))
     trainer.first_layer = layers[0] if watch.frozen else 0
     short = False
@@ -213,7 +214,7 @@ def _frozen(
     model: Any, first: int, rows: Sequence[prompts.Encoded], tokenizer: Any, shared: int, progress: Progress
 ) -> FrozenLayers | None:
     """The states below the first adapted layer, computed once; None where there is nothing to gain or no room."""
-    ids = [row.input_ids for row in rows]
+    ids = _distinct(rows)
     if first == 0 or best_device() != "cpu" or ranks.sharded() or not FrozenLayers.fits(model, ids):
         return None
     frozen = FrozenLayers(model, first, tokenizer.pad_token_id, shared)
@@ -222,9 +223,14 @@ def _frozen(
     return frozen
 
 
+def _distinct(rows: Sequence[prompts.Encoded]) -> list[list[int]]:
+    """The rows' tokens, each row once: several runs of a topology teach the same."""
+    return [list(one) for one in dict.fromkeys(tuple(row.input_ids) for row in rows)]
+
+
 def _computed(found: Prompts, rows: Sequence[prompts.Encoded], progress: Progress) -> bool:
     """Whether the prompts of an activated adapter are computed once: on a CPU, where there is room to keep them."""
-    ids = [row.input_ids for row in rows]
+    ids = _distinct(rows)
     if best_device() != "cpu" or not found.fits(ids):
         return False
     with progress.bar("compute the prompts once", len(ids)) as bar:
