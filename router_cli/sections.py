@@ -190,7 +190,7 @@ class LabelSettings(Section):
     skip_bad_lines: bool = Field(False, description="Record unreadable lines and go on.")
     from_outcomes: File | None = Field(
         None,
-        description="Label by recorded executions instead of a teacher: a file, or the name of a carried table.",
+        description="Label by recorded executions: a file, a folder of runs, or the name of a carried table.",
         examples=list(OUTCOME_TABLES),
     )
     worker: str | None = Field(None, description="Label by the runs of this worker alone, with --from-outcomes.")
@@ -407,7 +407,7 @@ class EvalSettings(Section):
     probe: str | None = Field(None, description="Frozen base model for the linear-probe baseline.", examples=_BASES)
     outcomes: File | None = Field(
         None,
-        description="Recorded executions to judge decisions by: a file, or the name of a carried table.",
+        description="Recorded executions to judge by: a file, a folder of runs, or the name of a carried table.",
         examples=list(OUTCOME_TABLES),
     )
     worker: str | None = Field(None, description="Judge by the runs of this worker alone, with --outcomes.")
