@@ -345,3 +345,10 @@ def test_the_settings_page_is_what_the_code_says() -> None:
     text = FILE.read_text(encoding="utf-8")
     assert [key for key in KEYS if f"`{key}`" not in text] == []
     assert text == page(), f"docs/settings.md is out of date: {REGENERATE}"
+
+
+def test_an_option_is_said_to_belong_to_the_commands_where_it_sets_that_key() -> None:
+    row = {line.split("`")[1]: line for line in FILE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")}
+    assert "`--concurrency` of label |" in row["label.concurrency"]
+    assert "`--concurrency` of eval, run |" in row["run.concurrency"]
+    assert "`--skip-bad-lines` of infer |" in row["infer.skip_bad_lines"]
