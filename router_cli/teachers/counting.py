@@ -19,6 +19,8 @@ CHARACTERS_PER_TOKEN = 3.4
 A_MESSAGE, AN_ANSWER = 4, 3
 DECISION_TOKENS = 40
 """What a decision takes as JSON, until answers tell."""
+COUNTED_ALL, EVERY = 200, 10
+"""So many questions are all counted while they are asked; beyond them one in `EVERY`: a count costs 0.15 ms of CPU."""
 
 # By the model's name, without the folders that routers of models put before it.
 _VOCABULARIES = (
@@ -42,12 +44,17 @@ class Meter:
             self._vocabulary, self.name = "", f"characters / {CHARACTERS_PER_TOKEN}"
         else:
             self.name = self._vocabulary if known else f"{self._vocabulary} (another model's)"
-        self._counted = self._real = 0
+        self._counted = self._real = self._seen = 0
         self._asks, self._foreseen, self._used = 0, 0, Usage(attempts=0)
 
     def count(self, texts: Sequence[str]) -> int:
         """Tokens of a chat of messages with these texts."""
         return sum(_tokens(text, self._vocabulary) for text in texts) + A_MESSAGE * len(texts) + AN_ANSWER
+
+    def sampled(self, texts: Sequence[str]) -> int:
+        """`count` for a question that is about to be asked, 0 where those before tell enough."""
+        self._seen += 1
+        return self.count(texts) if self._seen <= COUNTED_ALL or self._seen % EVERY == 0 else 0
 
     @property
     def error(self) -> float | None:
@@ -55,13 +62,13 @@ class Meter:
         return self._counted / self._real - 1 if self._real else None
 
     def answered(self, counted: int, real: int) -> None:
-        """One question of `counted` tokens had `real` ones as the endpoint counts."""
-        if real:
+        """One question of `counted` tokens (0: not counted) had `real` ones as the endpoint counts."""
+        if real and counted:
             self._counted, self._real = self._counted + counted, self._real + real
 
     def finished(self, counted: int, used: Usage) -> None:
         """One ask, whose question had `counted` tokens, came to `used`, everything that was asked again included."""
-        if used.prompt_tokens:
+        if used.prompt_tokens and counted:
             self._asks, self._foreseen = self._asks + 1, self._foreseen + counted
             self._used = Usage(
                 prompt_tokens=self._used.prompt_tokens + used.prompt_tokens,

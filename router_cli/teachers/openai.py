@@ -95,7 +95,7 @@ class OpenAITeacher(Caller):
         `sample` numbers the votes on a task: above 0 it is the request's `seed`, where the endpoint takes one.
         """
         question = [message.model_dump() for message in self._question(task, space, strategy)]
-        counted = self._meter.count([message["content"] for message in question])
+        counted = self._meter.sampled([message["content"] for message in question])
         messages, spent = question, FREE.model_copy(update={"attempts": 0})
         for _ in range(self._reask + 1):
             try:

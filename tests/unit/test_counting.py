@@ -54,3 +54,13 @@ def test_an_endpoint_that_reports_no_usage_teaches_nothing() -> None:
     meter.answered(700, 0)
     meter.finished(700, Usage())
     assert meter.error is None and meter.expected(700).prompt_tokens == 700
+
+
+def test_of_many_answers_a_part_is_counted_and_the_others_teach_nothing() -> None:
+    meter = Meter("some-model")
+    counts = [meter.sampled(["a question"]) for _ in range(1200)]
+    assert all(counts[:200]) and sum(count > 0 for count in counts) == 300
+    for count in counts:
+        meter.answered(count, 2 * counts[0])
+        meter.finished(count, Usage(prompt_tokens=4 * counts[0], completion_tokens=90))
+    assert meter.error == pytest.approx(-0.5) and meter.expected(100).prompt_tokens == 400
