@@ -23,7 +23,7 @@ SPACE = ("decision.roles", "decision.topologies", "decision.step_bound")
 ENDPOINT = ("endpoint.base_url", "endpoint.timeout", "endpoint.retries")
 # Without the token: what stands on a command line, every user of the machine can read.
 SERVER = ("host", "port", "name", "queue", "batch_wait_ms", "max_body", "time_limit", "drain")
-DECIDER = ("adapter", "base", "backend", "model", "batch_size", "alternatives")
+DECIDER = ("adapter", "base", "backend", "model", "batch_size", "alternatives", "value_of_solving", "price")
 UNSURE = ("min_confidence", "target_agreement", "target_cost", "fallback")
 SERVING = (*(f"serve.{name}" for name in SERVER), *(f"infer.{name}" for name in (*DECIDER, *UNSURE)))
 EXECUTING = ("run.worker_model", "run.concurrency", "run.max_cost", "endpoint.base_url", "endpoint.timeout")
