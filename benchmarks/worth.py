@@ -1,8 +1,8 @@
 """What routers and simpler policies are worth on the carried tables: `python -m benchmarks.worth`.
 
-Prints the table of docs/worth.md. Baselines of the same run: fixed topologies, a coin of each policy's own mix, kNN,
-the length rule, the cascade where evidence is recorded, and the oracle. What learns from outcomes learns from those of
-MBPP-ET, of the same worker, and is judged on the others.
+Prints the table of docs/worth.md. Baselines of the same run: fixed topologies, a fair coin and one of each policy's own
+mix (a cascade: of its own cost), kNN, the length rule, the cascade where evidence is recorded, and the oracle. What
+learns from outcomes learns from those of MBPP-ET, of the same worker, and is judged on the others.
 
     LABELS ...          label files, judged as the teacher's labels on MBPP; their roles: `ROUTER_DECISION__ROLES`
     --routers FOLDER    also judge routers: FOLDER/teacher, trained by the quickstart on the project's rubric, and
@@ -14,23 +14,24 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from router_cli.dataset import read_labels
 from router_cli.from_outcomes import label_from_outcomes
 from router_cli.infer import infer
 from router_cli.jsonl import write_rows
 from router_cli.quickstart import TRAINING, quickstart
 from router_cli.replay import replay, write_tasks
 from router_cli.schema import Score
-from router_cli.scoring import intervals, metrics, policies
+from router_cli.scoring import intervals, metrics, oracles, policies
 from router_cli.scoring.baselines import fit_baselines, out_of_fold
 from router_cli.scoring.outcomes import Table, read_outcomes, tables
 from router_cli.scoring.policies import Policy
-from router_cli.scoring.worth_results import PolicyRow, Replayed
+from router_cli.scoring.worth_results import Replayed
 from router_cli.sections import OUTCOME_TABLES, SMALL_MODEL
 from router_cli.settings import Settings, load
 from router_cli.space import DecisionSpace
@@ -72,8 +73,10 @@ def judged(name: str, table: Table, given: argparse.Namespace, folder: Path) -> 
     options: dict[str, Any] = {"outcomes": name, "worker": table.worker, "output_dir": str(folder)}
     settings = load({f"eval.{key}": ("", value) for key, value in options.items()})
     settings = settings.with_values(eval__resamples=given.resamples)
-    alone = replay(settings).tables[0]
-    yield from (line(row) for row in alone.policies if row.kind == "fixed")
+    how = given.resamples, settings.eval.seed
+    fixed = policies.always(table)
+    for one in (*fixed, policies.coin(table)):
+        yield against(table, one, {}, *how)
     texts = None not in table.texts
     wishes: dict[str, Path] = {}
     if texts:
@@ -83,35 +86,44 @@ def judged(name: str, table: Table, given: argparse.Namespace, folder: Path) -> 
             wishes["length rule"] = length_rule(name, table, folder / "length.jsonl", settings.eval.seed)
         if given.routers:
             wishes |= routed(name, table.worker, tasks, given.routers)
-    for who, predictions in wishes.items():
-        found = replay(settings.with_values(eval__predictions=str(predictions))).tables[0]
-        yield line(found.policies[0], found, who)
     if given.labels and name.startswith("mbpp"):
-        found = replay(settings.with_values(eval__labels=given.labels)).tables[0]
-        row = next(one for one in found.policies if one.kind == "labels")
-        over = {"coin": (found.teacher.over_coin.score, found.teacher.over_coin.words)} if found.teacher else {}
-        yield Line("GPT-4's labels", row.solved, row.dollars.value if row.dollars else None, over)
-    yield from (line(row) for row in alone.policies if row.kind in ("knn", "cascade"))
+        wishes["GPT-4's labels"] = labelled(given.labels, folder / "labelled.jsonl")
+    for who, predictions in wishes.items():
+        yield line(replay(settings.with_values(eval__predictions=str(predictions))).tables[0], who)
+    if (near := policies.nearest(table, None, settings.eval.seed)) is not None:
+        yield against(table, near, {"coin": policies.same_mix(table, near)}, *how)
+    strong = max(range(len(fixed)), key=lambda place: float(fixed[place].solved.mean()))
+    if (climbs := policies.cascade(table, strong)) is not None:
+        yield against(table, climbs, {"coin": policies.same_price(table, climbs, fixed)}, *how)
     if table.worker in WORKERS and not name.startswith("mbpp"):
-        yield learnt_cascade(table, given.resamples, settings.eval.seed)
-    yield from (line(row) for row in alone.policies if row.kind == "oracle")
+        yield learnt_cascade(table, *how)
+    yield against(table, oracles.oracle(table)[0], {}, *how)
 
 
-def line(row: PolicyRow, found: Replayed | None = None, name: str = "") -> Line:
-    """A row of a replay; with the replay that judged it as the router, all its differences, else that to the first row.
-
-    The first row of a replay without a router is the cheapest topology, which is single in all these tables.
-    """
-    over: dict[str, tuple[Score, str]] = {}
-    if found is None and row.solved_difference is not None:
-        told = row.solved_difference.score
-        turned = told.model_copy(update={"value": -told.value, "low": -told.high, "high": -told.low})
-        over["single"] = turned, str(intervals.verdict(turned))
+def line(found: Replayed, name: str) -> Line:
+    """The judged system of a replay, with its differences to the fixed topologies and to a coin of its own mix."""
+    row, over = found.policies[0], {}
     for kind, other in (("single", "always single"), ("chain", "always chain"), ("coin", "same-mix coin")):
-        for one in found.policies if found else ():
+        for one in found.policies:
             if one.name == other and one.solved_difference:
                 over[kind] = one.solved_difference.score, one.solved_difference.words
-    return Line(name or row.name, row.solved, row.dollars.value if row.dollars else None, over)
+    return Line(name, row.solved, row.dollars.value if row.dollars else None, over)
+
+
+def against(table: Table, one: Policy, others: Mapping[str, Policy | None], resamples: int, seed: int) -> Line:
+    """A policy with its differences to the fixed topologies, but for itself, and to `others`, paired by task."""
+    import numpy as np
+
+    fixed = dict(zip(table.topologies, policies.always(table), strict=True))
+    pairs = {kind: other for kind, other in {**fixed, **others}.items() if other is not None and other.name != one.name}
+    values = {kind: one.solved - other.solved for kind, other in pairs.items()}
+    measured = {kind: partial(metrics.mean, value) for kind, value in {"": one.solved, **values}.items()}
+    found = intervals.bootstrap(measured, len(one.solved), resamples, seed)
+    hits, single = int(one.solved.sum()), np.isin(one.solved, (0, 1)).all()
+    solved = metrics.wilson(hits, len(one.solved)) if single else found.score("")
+    over = {kind: (found.score(kind), str(intervals.verdict(found.score(kind)))) for kind in values}
+    cost = float(one.dollars.mean())
+    return Line(one.name, solved, None if np.isnan(cost) else cost, over)
 
 
 def shown(table: str, one: Line) -> str:
@@ -158,6 +170,18 @@ def length_rule(name: str, table: Table, output: Path, seed: int) -> Path:
         own = DecisionSpace(space.roles, (table.topologies[int(place)],))
         rows.append({"task_id": task, "decision": decide(text, own)[0].model_dump(mode="json")})
     write_rows(output, rows)
+    return output
+
+
+def labelled(paths: Sequence[str], output: Path) -> Path:
+    """The teacher's labels as predictions; the old generator names MBPP's tasks by their number alone."""
+    decision = load().decision
+    space = DecisionSpace(tuple(decision.roles), tuple(decision.topologies), decision.step_bound)
+    rows: dict[str, dict[str, Any]] = {}
+    for one in read_labels(list(paths), space, on_unusable=lambda *_: None):
+        name = f"mbpp_{one.task_id}" if one.task_id.isdigit() else one.task_id
+        rows.setdefault(name, {"task_id": name, "decision": one.decision.model_dump(mode="json")})
+    write_rows(output, rows.values())
     return output
 
 
