@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -84,7 +85,7 @@ class Caller:
     # -- one request, until it is answered or given up --------------------------------------------------------
 
     async def _send(self, messages: list[dict[str, str]], space: DecisionSpace | None, sample: int) -> Reply:
-        failures = requests = 0
+        failures, requests = Counter[str](), 0  # by kind: an endpoint that fails in turns is not down
         seen, clock = self._answers, asyncio.get_running_loop().time
         started = clock()
         while True:
@@ -107,12 +108,13 @@ class Caller:
                 raise self._final(result)
             if meaning == "busy" and self._answers > seen:
                 # Others get through: this request waits its turn, and no turn is lost by waiting.
-                failures, seen = 0, self._answers
-            failures += 1
+                failures.clear()
+                seen = self._answers
+            failures[meaning] += 1
             late = result.unreachable and clock() - started > self._timeout / 2
-            if failures > self._retries or late:
+            if failures[meaning] > self._retries or late:
                 return self._give_up(result, requests)
-            await self._back_off(result, failures)
+            await self._back_off(result, failures[meaning])
 
     async def _paid(
         self, messages: list[dict[str, str]], space: DecisionSpace | None, sample: int, requests: int

@@ -343,10 +343,12 @@ def test_an_endpoint_that_keeps_failing_stops_the_run(status: int) -> None:
 
 def test_a_streak_of_random_failures_that_ends_in_a_429_ends_no_run() -> None:
     """At one request at a time nobody else gets through meanwhile: seven in a row are luck, not a limit."""
-    streak = [Reply(status=500 if number % 2 else 429, headers={"retry-after-ms": "1"}) for number in range(8)]
-    with FakeTeacher(Reply(), *streak) as server:
+    mixed = [Reply(status=500 if number % 2 else 429, headers={"retry-after-ms": "1"}) for number in range(12)]
+    limits = [Reply(status=429, headers={"retry-after-ms": "1"})] * 7
+    with FakeTeacher(Reply(), *mixed, Reply(), *limits) as server:
         answers = ask(server, tasks=4)
-    assert [answer.final for answer in answers] == [True, False, True, True] and len(server.calls) == 11
+    # The retries are counted by kind.
+    assert [answer.final for answer in answers] == [True, True, False, True] and len(server.calls) == 22
 
 
 @pytest.mark.parametrize("form", ["seconds", "milliseconds", "date"])
