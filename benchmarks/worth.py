@@ -121,7 +121,10 @@ def against(table: Table, one: Policy, others: Mapping[str, Policy | None], resa
     found = intervals.bootstrap(measured, len(one.solved), resamples, seed)
     hits, single = int(one.solved.sum()), np.isin(one.solved, (0, 1)).all()
     solved = metrics.wilson(hits, len(one.solved)) if single else found.score("")
-    over = {kind: (found.score(kind), str(intervals.verdict(found.score(kind)))) for kind in values}
+    scores = {kind: found.score(kind) for kind in values}
+    if "coin" in scores and one.choice is not None:
+        scores["coin"] = intervals.allowing(scores["coin"], policies.luck(table, one, resamples, seed))
+    over = {kind: (score, str(intervals.verdict(score))) for kind, score in scores.items()}
     cost = float(one.dollars.mean())
     return Line(one.name, solved, None if np.isnan(cost) else cost, over)
 

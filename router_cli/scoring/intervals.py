@@ -56,6 +56,21 @@ def bootstrap(metrics: Mapping[str, Metric], n: int, resamples: int = 2000, seed
     return Resampled(n, values, {name: np.concatenate(parts) for name, parts in draws.items()})
 
 
+def allowing(difference: Score, luck: Array) -> Score:
+    """A difference whose interval also allows for `luck`: what the same difference is where only chance makes it.
+
+    Widened to what a test by `luck` would not reject at 5 %. The bootstrap sees too little of it where few rows differ.
+    """
+    import numpy as np
+
+    low, high = np.percentile(luck, [2.5, 97.5])
+    widened = {
+        "low": min(difference.low, difference.value - high),
+        "high": max(difference.high, difference.value - low),
+    }
+    return difference.model_copy(update={name: float(value) for name, value in widened.items()})
+
+
 MOST_TASKS = 100_000
 """Nobody labels or runs more tasks than this: a difference that needs more is no difference to anybody."""
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Kind = Literal["router", "compare", "fixed", "random", "cascade", "knn", "labels", "oracle"]
 
 NEIGHBOURS = 10
+SAME_MIX = "same-mix coin"
 FOLDS = 5
 # `HumanEval/7`, `HumanEval_7_below_zero`, `mbpp_7_count`: one task in the spellings of the benchmark's editions.
 _NUMBERED = re.compile(r"(humaneval|mbpp)[_/](\d+)", re.IGNORECASE)
@@ -193,12 +194,28 @@ def coin(table: Table) -> Policy:
     return mixed(table, "random", "random", np.full(len(table.topologies), 1 / len(table.topologies)))
 
 
-def same_mix(table: Table, router: Policy, name: str = "same-mix coin") -> Policy:
+def same_mix(table: Table, router: Policy, name: str = SAME_MIX) -> Policy:
     """A coin with the shares of a policy's own choices."""
     import numpy as np
 
     weights = np.array([router.mix.get(topology, 0.0) for topology in table.topologies])
     return mixed(table, name, "random", weights)
+
+
+def luck(table: Table, router: Policy, draws: int, seed: int) -> Array:
+    """How far the solved share of a policy's own choices, dealt out to the tasks at random, lies from its mean."""
+    import numpy as np
+
+    assert router.choice is not None
+    coin, rng = same_mix(table, router).solved, np.random.default_rng(seed)
+    known = np.flatnonzero(~np.isnan(coin))
+    cells = np.where(table.executed, table.solved, coin[:, None])[known]
+    cells = np.column_stack([cells, np.zeros(len(known))])  # the last for -1: nobody ran
+    found: Array = np.array(
+        [cells[np.arange(len(known)), rng.permutation(router.choice)[known]].mean() for _ in range(draws)]
+    )
+    found -= found.mean()
+    return found
 
 
 def same_price(table: Table, router: Policy, fixed: Sequence[Policy]) -> Policy | None:

@@ -101,7 +101,7 @@ def _judge(
         oracle,
     ]
     everybody = [first, *(one for one in (*own, *fixed) if one is not first), *(one for one in others if one)]
-    rows = _rows(everybody, how)
+    rows = [_fair(table, first, row, how) for row in _rows(everybody, how)]
     metric, curve = field_metrics(table, first, score, fixed, strong, how.resamples, how.seed)
     noise = oracles.rerun_noise(table, first, fixed[strong], strong)
     found = Replayed(
@@ -115,7 +115,7 @@ def _judge(
         metrics=metric,
         noise=noise,
         oracle=oracles.fit(table, oracle, crossed, fixed, noise),
-        teacher=_teacher(table, own, oracle, how),
+        teacher=_teacher(table, own, brought, oracle, how),
         curve=tuple(curve),
         summary=("", ""),
     )
@@ -126,6 +126,15 @@ def _judge(
             "notes": tuple(worth_words.notes(found, how.penalty, train is not None)),
         }
     )
+
+
+def _fair(table: Table, first: Policy, row: PolicyRow, how: Choosing) -> PolicyRow:
+    """Against a coin of its own mix, whom a router sends where is also luck: the interval allows for it."""
+    found = row.solved_difference
+    if row.name != policies.SAME_MIX or found is None or first.choice is None:
+        return row
+    score = intervals.allowing(found.score, policies.luck(table, first, how.resamples, how.seed))
+    return row.model_copy(update={"solved_difference": parts.told(score)})
 
 
 def _priced(table: Table, train: Table | None, systems: Sequence[System], strong: int, how: Choosing) -> Policy | None:
@@ -215,7 +224,9 @@ def _rows(everybody: Sequence[Policy], how: Choosing) -> list[PolicyRow]:
 # -- the teacher -----------------------------------------------------------------------------------------------------
 
 
-def _teacher(table: Table, own: Sequence[Policy], oracle: Policy, how: Choosing) -> TeacherRegret | None:
+def _teacher(
+    table: Table, own: Sequence[Policy], brought: Mapping[str, Wished], oracle: Policy, how: Choosing
+) -> TeacherRegret | None:
     import numpy as np
 
     labels = next((one for one in own if one.kind == "labels"), None)
@@ -228,6 +239,8 @@ def _teacher(table: Table, own: Sequence[Policy], oracle: Policy, how: Choosing)
     values = {"coin": labels.solved - coin.solved, "regret": oracle.solved - labels.solved}
     measured = {name: partial(metrics.mean, each[known]) for name, each in values.items()}
     resampled = intervals.bootstrap(measured, len(known), how.resamples, how.seed)
-    return TeacherRegret(
-        tasks=len(known), over_coin=parts.told(resampled.score("coin")), regret=resampled.score("regret")
-    )
+    wished = brought[labels.name]
+    part = subset(table, list(wished.places))
+    dealt = policies.luck(part, policies.chosen(part, labels.name, "labels", wished.choice), how.resamples, how.seed)
+    over = parts.told(intervals.allowing(resampled.score("coin"), dealt))
+    return TeacherRegret(tasks=len(known), over_coin=over, regret=resampled.score("regret"))
