@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Kind = Literal["router", "compare", "fixed", "random", "cascade", "knn", "labels", "oracle"]
 
 NEIGHBOURS = 10
-SAME_MIX = "same-mix coin"
+SAME_MIX, SAME_COST = "same-mix coin", "same-cost coin"
 FOLDS = 5
 # `HumanEval/7`, `HumanEval_7_below_zero`, `mbpp_7_count`: one task in the spellings of the benchmark's editions.
 _NUMBERED = re.compile(r"(humaneval|mbpp)[_/](\d+)", re.IGNORECASE)
@@ -237,7 +237,7 @@ def same_price(table: Table, router: Policy, fixed: Sequence[Policy]) -> Policy 
         (low, _), (high, _) = edge[right - 1], edge[right]
         weights[points[edge[right]]] = part = (spent - low) / (high - low)
         weights[points[edge[right - 1]]] = 1.0 - part
-    return mixed(table, "same-cost coin", "random", weights)
+    return mixed(table, SAME_COST, "random", weights)
 
 
 def cascade(table: Table, strong: int) -> Policy | None:

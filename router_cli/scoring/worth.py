@@ -129,9 +129,9 @@ def _judge(
 
 
 def _fair(table: Table, first: Policy, row: PolicyRow, how: Choosing) -> PolicyRow:
-    """Against a coin of its own mix, whom a router sends where is also luck: the interval allows for it."""
+    """Against a coin of its own mix or cost, whom a router sends where is also luck: the interval allows for it."""
     found = row.solved_difference
-    if row.name != policies.SAME_MIX or found is None or first.choice is None:
+    if row.name not in (policies.SAME_MIX, policies.SAME_COST) or found is None or first.choice is None:
         return row
     score = intervals.allowing(found.score, policies.luck(table, first, how.resamples, how.seed))
     return row.model_copy(update={"solved_difference": parts.told(score)})
