@@ -12,7 +12,7 @@ from router_cli import fallback
 from router_cli.backends import Backend, make_backend
 from router_cli.backends.local import META
 from router_cli.errors import InputError, OutputError, UsageError
-from router_cli.jsonl import Appender, read_json, read_rows, write_json, writing
+from router_cli.jsonl import Appender, read_json, read_rows, write_json, write_rows, writing
 from router_cli.labelling.estimate import Confirm
 from router_cli.models import file_sha256
 from router_cli.progress import SILENT, Progress
@@ -57,7 +57,7 @@ def infer(
     if text is not None and not text.strip():
         raise UsageError("the task is empty")
     falls_back = fallback.check(settings)
-    skipped: list[int] = []
+    skipped: dict[tuple[str, int], dict[str, object]] = {}
     tasks = _tasks(settings, text, skipped)
     # A missing file is said before a model is loaded for minutes. A price must not hang on `--limit`.
     first = list(islice(tasks, fallback.PRICED if settings.infer.target_cost is not None else 1))
@@ -79,7 +79,7 @@ def infer(
     unsure: fallback.Fallback | None = None
 
     def rest() -> Iterator[Task]:
-        return islice(_tasks(settings, text, []), done, settings.infer.limit)
+        return islice(_tasks(settings, text, {}), done, settings.infer.limit)
 
     with progress.bar("infer", 1 if text is not None else None, done) as bar, ExitStack() as stack:
         writer = Appender(output) if output else None
@@ -103,19 +103,36 @@ def infer(
         finally:
             if writer:
                 writer.close()
+    _record(skipped, output, progress)
     result = InferResult(output, found, decided, done, len(skipped), fallbacks)
     if unsure is None:
         return result
     return replace(result, threshold=unsure.threshold, unsure=dict(unsure.counts), usage=unsure.usage)
 
 
-def _tasks(settings: Settings, text: str | None, skipped: list[int]) -> Iterator[Task]:
-    """The tasks to decide, whatever their number; the unreadable lines' numbers go into `skipped`."""
+def _tasks(settings: Settings, text: str | None, skipped: dict[tuple[str, int], dict[str, object]]) -> Iterator[Task]:
+    """The tasks to decide, whatever their number; unreadable lines go into `skipped`."""
     if text is not None:
         return iter([Task(id=stable_id(text), text=text)])
-    on_bad = (lambda line, raw, why: skipped.append(line)) if settings.infer.skip_bad_lines else None
     wanted = settings.infer.split
-    return (task for task in read_tasks(settings.infer.data, on_bad=on_bad) if wanted in ("all", task.split))
+
+    def read(path: str) -> Iterator[Task]:
+        def note(line: int, raw: str, why: str) -> None:
+            skipped[path, line] = {"file": path, "line": line, "text": raw[:1000], "reason": why}
+
+        return read_tasks([path], on_bad=note if settings.infer.skip_bad_lines else None)
+
+    found = chain.from_iterable(read(path) for path in settings.infer.data)
+    return (task for task in found if wanted in ("all", task.split))
+
+
+def _record(skipped: dict[tuple[str, int], dict[str, object]], output: Path | None, progress: Progress) -> None:
+    """Write the skipped lines beside the output, as `label` does; without one, say them."""
+    if output is None:
+        for one in skipped.values():
+            progress.warn(f"{one['file']}:{one['line']}: skipped: {one['reason']}")
+    elif skipped:
+        write_rows(output.with_name(f"{output.name}.bad-lines.jsonl"), skipped.values())
 
 
 def decisions(backend: Backend, unsure: fallback.Fallback | None, tasks: list[Task]) -> Iterable[Prediction]:

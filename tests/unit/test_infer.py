@@ -94,13 +94,19 @@ def test_limit_and_split_choose_the_tasks(adapter: Path, tmp_path: Path) -> None
         infer(settings(adapter=adapter, data=data, split="validation"))
 
 
-def test_bad_lines_stop_or_are_counted(adapter: Path, tmp_path: Path) -> None:
+def test_bad_lines_stop_or_are_recorded(adapter: Path, tmp_path: Path) -> None:
     data = tmp_path / "tasks.jsonl"
     data.write_text('{"id": "a", "task": "Sort."}\n{"id": \n{"id": "c", "task": "Merge."}\n')
     with pytest.raises(InputError, match=r"tasks\.jsonl:2: is not JSON"):
         infer(settings(adapter=adapter, data=data))
-    result = infer(settings(adapter=adapter, data=data, skip_bad_lines=True))
+    said, output = Recorder(), tmp_path / "predictions.jsonl"
+    result = infer(settings(adapter=adapter, data=data, skip_bad_lines=True), progress=said)
     assert [row.task_id for row in result.predictions] == ["a", "c"] and result.skipped == 1
+    [warning] = said.warnings
+    assert warning.startswith(f"{data}:2: skipped: is not JSON")
+    assert infer(settings(adapter=adapter, data=data, output=output, skip_bad_lines=True)).skipped == 1
+    [row] = map(json.loads, (tmp_path / "predictions.jsonl.bad-lines.jsonl").read_text().splitlines())
+    assert (row["file"], row["line"], row["text"]) == (str(data), 2, '{"id": ')
 
 
 def test_a_base_without_adapter_decides_for_the_roles_of_the_settings(tiny_folder: Tiny) -> None:

@@ -20,7 +20,8 @@ from router_cli.settings import Settings, load
 from router_cli.space import DecisionSpace
 from router_cli.train import train
 from router_cli.training import lessons
-from tests.training import Recorder, train_settings, write_rows
+from tests.tiny import tiny_model
+from tests.training import ROLES, Recorder, train_settings, write_rows
 
 Tiny = Callable[..., Path]
 
@@ -60,11 +61,46 @@ def solve_settings(data: Path, base: Path, folder: Path, **values: Any) -> Setti
     return train_settings(data, base, folder, decision__topologies="single,chain", **{**chosen, **values})
 
 
+def schooled(base: Path) -> Path:
+    """Teach the tiny model to tell kinds of tasks and topologies apart, in a world where all is nearly alike.
+
+    A model with random weights has nothing that an adapter could build on.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(5)
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    space = DecisionSpace(tuple(ROLES.split(",")), ("single", "chain"))
+    lessons, draw = [], random.Random(3)
+    for text, chances in WORLD.items():
+        for name, chance in chances.items():
+            for _ in range(12):
+                way = prompts.encode_verdict(name, tokenizer)
+                asked = prompts.encode_prompt(text.format(draw.randrange(1000)), space, tokenizer)
+                lessons.append(([*asked, *way.start], [way.solved, way.unsolved], 0.35 + 0.3 * chance))
+    longest = max(len(ids) for ids, _, _ in lessons)
+    ids = torch.tensor([one + [0] * (longest - len(one)) for one, _, _ in lessons])
+    ends = torch.tensor([len(one) - 1 for one, _, _ in lessons])
+    pairs = torch.tensor([pair for _, pair, _ in lessons])
+    wanted = torch.tensor([[share, 1 - share] for _, _, share in lessons])
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        logits = model(input_ids=ids).logits[torch.arange(len(ids)), ends].gather(1, pairs)
+        loss = torch.nn.functional.cross_entropy(logits, wanted)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    model.save_pretrained(base)
+    return base
+
+
 @pytest.fixture(scope="module")
-def solver(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Tiny) -> tuple[Path, Recorder]:
+def solver(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorder]:
     folder, said = tmp_path_factory.mktemp("solve"), Recorder()
+    base = schooled(tiny_model(folder / "base", "smollm", 2, 64))
     data = write_rows(folder / "labels.jsonl", rows(40, "train", 1, 2) + rows(8, "validation", 2, 8))
-    train(solve_settings(data, tiny_folder("smollm", 2, 64), folder / "adapter"), said)
+    train(solve_settings(data, base, folder / "adapter"), said)
     return folder / "adapter", said
 
 
@@ -80,10 +116,11 @@ TASKS = [text.format(1234) for text in WORLD]
 
 def test_what_topologies_solve_is_learnt_and_calibrated_apart(solver: tuple[Path, Recorder]) -> None:
     adapter, said = solver
-    found = [choice.solving or {} for choice in LocalBackend(by_value(adapter)).decide(TASKS)]
-    assert min(found[0].values()) > 0.7 and max(found[2].values()) < 0.3
-    assert found[1]["chain"] > found[2]["chain"]
+    for choice, chances in zip(LocalBackend(by_value(adapter)).decide(TASKS), WORLD.values(), strict=True):
+        assert choice.solving == pytest.approx(chances, abs=0.12)
     meta = json.loads((adapter / META).read_text())
+    # At the noise floor: what a perfectly calibrated router would show, and what that varies by.
+    assert meta["solving"]["ece_after"] <= meta["solving"]["ece_floor"] + 0.05
     assert meta["solving"]["n"] == 8 * 2 * meta["metrics"]["validation_examples"]
     assert any("P(solved) calibrated on" in notice for notice in said.notices)
     assert meta["calibration"] is not None  # of the topology's choice, apart
