@@ -41,6 +41,7 @@ from router_cli.space import DecisionSpace
 from router_cli.training import export, lessons, qlora
 from router_cli.training.card import write_card
 from router_cli.training.checkpoints import Run
+from router_cli.training.recipe import weighed
 from router_cli.training.watch import terminable
 
 FOR_LESS = "what helps: --gradient-checkpointing, a smaller --max-length, a smaller --model"
@@ -74,8 +75,7 @@ def train(settings: Settings, progress: Progress = SILENT) -> TrainResult:
     options = settings.train
     if options.bf16 and options.fp16:
         raise UsageError("--bf16 and --fp16 exclude each other")
-    weighed = options.topology_passes + options.topology_weight > 0 or options.class_weights != "none"
-    if options.train_on_inputs and weighed:
+    if options.train_on_inputs and weighed(options):
         raise UsageError(
             "--train-on-inputs learns all tokens alike: it excludes --topology-passes, --topology-weight and "
             "--class-weights"

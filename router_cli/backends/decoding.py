@@ -15,6 +15,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from router_cli import prompts
@@ -205,16 +206,19 @@ class Decoder:
         """Set how likely each topology is to solve the rows' tasks; what is fed for it no other run sees."""
         import torch
 
-        names, begun = sorted(self.tree.root.topologies), len(self.tree.root.run)
-        ways = [prompts.encode_verdict(name, self._tokenizer) for name in names]
+        ways, begun = list(self._verdicts.values()), len(self.tree.root.run)
         prompted = [row.runs for row in rows]
         for row in rows:
             row.runs = [Run(way.start[begun:], row.runs[0].mask) for way in ways]
         scores = self._forward([row.runs for row in rows], cache)
         pairs = torch.tensor([[way.solved, way.unsolved] for way in ways] * len(rows), device=scores.device)
-        shares = torch.softmax(scores.gather(1, pairs).cpu().double(), 1)[:, 0].view(len(rows), len(names))
+        shares = torch.softmax(scores.gather(1, pairs).cpu().double(), 1)[:, 0].view(len(rows), len(ways))
         for row, runs, own in zip(rows, prompted, shares.tolist(), strict=True):
-            row.runs, row.solving = runs, dict(zip(names, own, strict=True))
+            row.runs, row.solving = runs, dict(zip(self._verdicts, own, strict=True))
+
+    @cached_property
+    def _verdicts(self) -> dict[str, prompts.Verdict]:
+        return {name: prompts.encode_verdict(name, self._tokenizer) for name in sorted(self.tree.root.topologies)}
 
     def _make_room(self, rows: list[Row]) -> None:
         """Set the runs of the next pass: what each row wants most, and of the rest what costs next to nothing.

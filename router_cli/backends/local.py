@@ -45,6 +45,7 @@ class LocalBackend:
         if adapter is None and settings.infer.base is None:
             raise UsageError("no router: pass --adapter FOLDER, or --base MODEL to ask an untrained model")
         self.space = space_of(meta) if meta else space_from(settings)
+        self._value = value_of(settings, meta, self.space, calibration_of(meta, "solving"))
         # An exported router is a whole model, which its description finds beside itself.
         whole = str(adapter / meta["merged"]) if adapter and "merged" in meta else None
         base = models.resolve(whole or settings.infer.base or meta["base_model"]["folder_or_id"], settings, progress)
@@ -63,7 +64,6 @@ class LocalBackend:
         self._batch_size = settings.infer.batch_size
         # Longer prompts than it was trained with would be as foreign to a router as other words.
         self._max_length = meta.get("settings", {}).get("max_length", settings.train.max_length)
-        self._value = value_of(settings, meta, self.space)
         self._decoder = self._decoder_over(self.space)
 
     def decide(self, texts: Sequence[str]) -> list[Choice]:
@@ -124,9 +124,12 @@ def space_of(meta: dict[str, Any]) -> DecisionSpace:
     return DecisionSpace(tuple(meta["roles"]), tuple(meta["topologies"]), meta["step_bound"])
 
 
-def calibration_of(meta: dict[str, Any]) -> Calibration | None:
-    """The calibration that `train` stored with an adapter (its `meta` as `read_meta` gives it); None without one."""
-    return None if meta.get("calibration") is None else Calibration.model_validate(meta["calibration"])
+def calibration_of(meta: dict[str, Any], name: str = "calibration") -> Calibration | None:
+    """The calibration that `train` stored with an adapter (its `meta` as `read_meta` gives it); None without one.
+
+    That of the topology's choice, or with the name `solving` that of how likely topologies are to solve a task.
+    """
+    return None if meta.get(name) is None else Calibration.model_validate(meta[name])
 
 
 def read_meta(adapter: Path) -> dict[str, Any]:
@@ -159,8 +162,7 @@ def read_meta(adapter: Path) -> dict[str, Any]:
         raise ModelError(f"{adapter / META}: is damaged; train the adapter again")
     try:
         calibration = calibration_of(meta)
-        if meta.get("solving") is not None:
-            Calibration.model_validate(meta["solving"])
+        calibration_of(meta, "solving")
         if calibration and not set(calibration.biases) <= set(meta["topologies"]):
             raise ValueError("biases")
     except ValueError as error:

@@ -21,7 +21,10 @@ class Value:
 
     def solving(self, shares: dict[str, float]) -> dict[str, float]:
         """The calibrated probabilities."""
-        return {name: solved(share, self.calibration) for name, share in shares.items()}
+        if self.calibration is None:
+            return dict(shares)
+        apply = self.calibration.apply
+        return {name: apply({"solved": share, "unsolved": 1 - share})["solved"] for name, share in shares.items()}
 
     def best(self, shares: dict[str, float]) -> str:
         """The topology of the greatest value by what the model itself says; of equal ones the cheapest."""
@@ -29,7 +32,9 @@ class Value:
         return max(chances, key=lambda name: (self.worth * chances[name] - self.prices[name], -self.prices[name]))
 
 
-def value_of(settings: Settings, meta: dict[str, Any], space: DecisionSpace) -> Value | None:
+def value_of(
+    settings: Settings, meta: dict[str, Any], space: DecisionSpace, calibration: Calibration | None
+) -> Value | None:
     """How topologies are chosen by value; None where they are not. Raises UsageError for what does not go together."""
     chosen = settings.infer
     if chosen.value_of_solving is None:
@@ -45,10 +50,4 @@ def value_of(settings: Settings, meta: dict[str, Any], space: DecisionSpace) -> 
     prices = {name: float(price) for name, _, price in (one.partition("=") for one in chosen.price)}
     if missing := [name for name in space.topologies if name not in prices]:
         raise UsageError(f"--value-of-solving needs the --price of {', '.join(missing)} too")
-    stored = meta["solving"]
-    return Value(chosen.value_of_solving, prices, None if stored is None else Calibration.model_validate(stored))
-
-
-def solved(share: float, calibration: Calibration | None) -> float:
-    """The calibrated probability that a task is solved, of the model's own."""
-    return calibration.apply({"solved": share, "unsolved": 1 - share})["solved"] if calibration else share
+    return Value(chosen.value_of_solving, prices, calibration)

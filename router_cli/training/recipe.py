@@ -143,10 +143,14 @@ def make_trainer(
     return trainer
 
 
+def weighed(options: TrainSettings) -> bool:
+    """Whether the topology's choice counts apart from the other tokens."""
+    return options.topology_weight + options.topology_passes > 0 or options.class_weights != "none"
+
+
 def own_loss(options: TrainSettings) -> bool:
     """Whether the loss is one that TRL's own, the fast one on a GPU, does not know."""
-    weighed = options.topology_weight + options.topology_passes > 0 or options.class_weights != "none"
-    return weighed or options.objective == "solve"
+    return weighed(options) or options.objective == "solve"
 
 
 def _is_linear(part: Any) -> bool:
