@@ -144,8 +144,13 @@ def _wishes(path: str, space: DecisionSpace) -> dict[str, Wish]:
 
 def _wish(row: Mapping[str, Any], space: DecisionSpace) -> Wish:
     resolved = space.resolve(row["decision"])
-    mix = row.get("topologies")
-    shares = {name: number(mix.get(name), 0, 1) for name in mix} if isinstance(mix, Mapping) else {}
-    known = {str(name): share for name, share in shares.items() if share is not None}
-    whole = bool(known) and len(known) == len(shares) and abs(sum(known.values()) - 1) <= 0.01
-    return Wish(resolved.decision.topology if resolved.decision else None, known if whole else None)
+    shares, chances = _shares(row.get("topologies")), _shares(row.get("solving"))
+    whole = shares is not None and abs(sum(shares.values()) - 1) <= 0.01
+    return Wish(resolved.decision.topology if resolved.decision else None, shares if whole else None, chances)
+
+
+def _shares(value: object) -> dict[str, float] | None:
+    """Probabilities by topology; None for anything else."""
+    shares = {str(name): number(share, 0, 1) for name, share in value.items()} if isinstance(value, Mapping) else {}
+    known = {name: share for name, share in shares.items() if share is not None}
+    return known if known and len(known) == len(shares) else None

@@ -68,9 +68,9 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
     return _svg(width, height, f"Confusion matrix, labels by predictions. {words}", "".join(body))
 
 
-def reliability(calibration: Calibration) -> str:
+def reliability(calibration: Calibration, said: str = "confidence", done: str = "accuracy") -> str:
     """Accuracy by mean confidence of each bin with its Wilson interval; dots grow with the bin's rows."""
-    body, x, y = _axes(0, 1, 0, 1, "confidence", "accuracy")
+    body, x, y = _axes(0, 1, 0, 1, said, done)
     body.append(f'<line class="axis dashed" x1="{x(0)}" y1="{y(0)}" x2="{x(1)}" y2="{y(1)}"/>')
     most = max(one.count for one in calibration.bins)
     for one in calibration.bins:
@@ -81,7 +81,7 @@ def reliability(calibration: Calibration) -> str:
             f'r="{3 + 5 * math.sqrt(one.count / most):.1f}"/>'
         )
     words = ", ".join(f"{one.confidence:.2f} right {one.accuracy.value:.2f} of {one.count}" for one in calibration.bins)
-    return _svg(_WIDTH, _HEIGHT, f"Reliability diagram: tasks by confidence. {words}", "".join(body))
+    return _svg(_WIDTH, _HEIGHT, f"Reliability diagram: {done} by {said}. {words}", "".join(body))
 
 
 def risk_coverage(selective: SelectiveRisk, others: Sequence[tuple[str, SelectiveRisk]] = (), name: str = "") -> str:

@@ -64,10 +64,14 @@ class Policy:
 
 @dataclass(frozen=True)
 class Wish:
-    """What a system wants for a task: a topology (None: no valid decision), and its probabilities where it has them."""
+    """What a system wants for a task: a topology (None: no valid decision), and its probabilities where it has them.
+
+    `solving` is how likely it holds each topology to solve the task.
+    """
 
     topology: str | None
     probabilities: Mapping[str, float] | None = None
+    solving: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,11 @@ def numbered(name: str) -> str | None:
     return f"{found[1].lower()} {found[2]}" if found else None
 
 
+def wish_for(wishes: Mapping[str, Wish], task: str) -> Wish | None:
+    """What `keyed` wishes hold for a task, in whatever spelling of its id."""
+    return wishes.get(task) or wishes.get(numbered(task) or "")
+
+
 def bring(table: Table, wishes: Mapping[str, Wish]) -> Wished:
     """Look the tasks of a table up among `keyed` wishes; a topology that was not executed falls to one that was.
 
@@ -112,7 +121,7 @@ def bring(table: Table, wishes: Mapping[str, Wish]) -> Wished:
     places, choices, scores = [], [], []
     invalid = fallen = 0
     for place, task in enumerate(table.tasks):
-        wish = wishes.get(task) or wishes.get(numbered(task) or "")
+        wish = wish_for(wishes, task)
         if wish is None:
             continue
         places.append(place)

@@ -11,6 +11,7 @@ from router_cli.schema import Score
 from router_cli.scoring import escalation, intervals, metrics, oracles, parts, policies, worth_words
 from router_cli.scoring.outcomes import Table, subset
 from router_cli.scoring.policies import Kind, Policy, Wish, Wished
+from router_cli.scoring.solving import solving
 from router_cli.scoring.worth_metrics import field_metrics
 from router_cli.scoring.worth_results import PolicyRow, ReplayCounts, Replayed, TeacherRegret
 
@@ -104,6 +105,7 @@ def _judge(
     rows = [_fair(table, first, row, how) for row in _rows(everybody, how)]
     metric, curve = field_metrics(table, first, score, fixed, strong, how.resamples, how.seed)
     noise = oracles.rerun_noise(table, first, fixed[strong], strong)
+    router = next((one for one in systems if one.kind == "router"), None)
     found = Replayed(
         name=table.name,
         benchmark=table.benchmark,
@@ -117,6 +119,7 @@ def _judge(
         oracle=oracles.fit(table, oracle, crossed, fixed, noise),
         teacher=_teacher(table, own, brought, oracle, how),
         curve=tuple(curve),
+        solving=solving(table, router.wishes, how.resamples, how.seed) if router else None,
         summary=("", ""),
     )
     return found.model_copy(

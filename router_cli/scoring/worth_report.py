@@ -9,7 +9,7 @@ from pathlib import Path
 from router_cli import jsonl
 from router_cli.schema import Score
 from router_cli.scoring import page, pictures, routing, worth_words
-from router_cli.scoring.worth_results import PolicyRow, Replayed, WorthReport
+from router_cli.scoring.worth_results import PolicyRow, Replayed, Solving, WorthReport
 
 _TONES = {"router": "accent", "compare": "accent", "oracle": "good"}
 
@@ -32,6 +32,10 @@ def html(found: WorthReport) -> str:
         if (picture := cost_quality(one)) is not None:
             parts.append(page.section("Cost and quality", f"<figure>{picture}</figure>", _PICTURE))
         parts.append(page.section("Metrics of the field", _metrics(one)))
+        if one.solving is not None:
+            picture = pictures.reliability(one.solving.calibration, "said P(solved)", "solved")
+            parts.append(page.picture("How likely a topology solves", picture, _SOLVING))
+            parts.append(page.section("What each topology solves", _solving(one.solving)))
         parts.append("</div>")
         said = "".join(f"<li>{escape(note)}</li>" for note in one.notes)
         parts.append(page.section("How to read it", f"<ul class='words'>{said}</ul>"))
@@ -135,6 +139,15 @@ def _metrics(found: Replayed) -> str:
     return page.table(("metric", "value", ""), rows)
 
 
+def _solving(found: Solving) -> str:
+    rows = [
+        f"<tr><th scope='row'>{escape(row.name)}</th><td class='n'>{row.said:.3f}</td>"
+        f"<td class='n'>{page.score(row.solved)}</td><td class='n'>{row.solved.n:,}</td></tr>"
+        for row in found.topologies
+    ]
+    return page.table(("topology", "said", "solved", "runs"), rows)
+
+
 def _made(found: WorthReport) -> str:
     facts = {
         "outcomes": found.outcomes,
@@ -151,5 +164,9 @@ def _made(found: WorthReport) -> str:
 _LEGEND = (
     "Dots are values, lines 95 % intervals by task. Differences are paired: right of the middle line the first row "
     "solves more. A cascade's shares sum to more than 100 %, because it pays for both runs."
+)
+_SOLVING = (
+    "What the router says a topology solves, and what its runs did; on the dashed line it is as it says. Judged on all "
+    "recorded runs, whichever topology the router chose."
 )
 _PICTURE = "Up is better, left is cheaper. Between the fixed topologies a coin reaches the dashed line."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from router_cli.schema import Record, Score
-from router_cli.scoring.results import Difference
+from router_cli.scoring.results import Calibration, Difference
 
 
 class PolicyRow(Record):
@@ -99,6 +99,27 @@ class CurvePoint(Record):
     solved: float
 
 
+class SolvingRow(Record):
+    """How likely the router holds a topology to solve a task, on average of its runs, and the share that did."""
+
+    name: str
+    said: float
+    solved: Score
+
+
+class Solving(Record):
+    """The router's P(solved | topology) against all runs of these topologies on `tasks` tasks, `calibration.n` runs.
+
+    The Brier score is that of one event, from 0 to 1. `over_average` is what always saying each topology's solved share
+    in these runs scores, minus the router: above 0 it knows more of the tasks than which topology solves most.
+    """
+
+    tasks: int
+    calibration: Calibration
+    over_average: Difference
+    topologies: tuple[SolvingRow, ...]
+
+
 class ReplayCounts(Record):
     """Tasks and decisions, so that nothing is dropped in silence."""
 
@@ -127,6 +148,8 @@ class Replayed(Record):
     oracle: OracleFit
     teacher: TeacherRegret | None
     curve: tuple[CurvePoint, ...]
+    # None where the predictions do not say how likely topologies are to solve a task.
+    solving: Solving | None
     summary: tuple[str, str]
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ from router_cli.schema import Score
 from router_cli.scoring.escalation import ENOUGH
 from router_cli.scoring.metrics import entropy
 from router_cli.scoring.wording import FEW_TASKS, hardly_varies, interval
-from router_cli.scoring.worth_results import PolicyRow, Replayed
+from router_cli.scoring.worth_results import PolicyRow, Replayed, Solving
 
 MANY_REPEATS = 1000
 """Where more would be needed, there is no difference to speak of."""
@@ -131,6 +131,8 @@ def notes(found: Replayed, penalty: float | None, trained: bool) -> list[str]:
             f"{signed(teacher.over_coin.score)}, {teacher.over_coin.words}. Their regret, what following them solves "
             f"less than the oracle: {interval(teacher.regret)}."
         )
+    if found.solving is not None:
+        said.append(solving(found.solving))
     if any(row.kind == "cascade" for row in found.policies):
         said.append(
             "A cascade sees what its first runs show without hidden tests, and pays for every run that it takes."
@@ -138,6 +140,18 @@ def notes(found: Replayed, penalty: float | None, trained: bool) -> list[str]:
     if any(row.kind == "knn" for row in found.policies) and not trained:
         said.append("No training split has texts and runs: kNN answers out of fold.")
     return said
+
+
+def solving(found: Solving) -> str:
+    """How far what the router says about solving can be believed."""
+    measured = found.calibration
+    assert measured.brier is not None
+    return (
+        f"The router's P(solved | topology), on {measured.n:,} runs of {found.tasks} tasks: Brier "
+        f"{interval(measured.brier)}, ECE {interval(measured.ece)} (a calibrated router shows "
+        f"{measured.ece_when_calibrated:.3f}). Over always saying what each topology solves on average: "
+        f"{signed(found.over_average.score)} of Brier, {found.over_average.words}."
+    )
 
 
 def frontier(found: Replayed) -> list[tuple[PolicyRow, float]]:

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from router_cli.scoring.worth_words import mix, money
+from router_cli.scoring.worth_words import mix, money, solving
 from router_cli.settings import Settings
 from router_cli.summaries.shown import Shown
 
@@ -48,6 +48,8 @@ def weighed(report: WorthReport, settings: Settings) -> Shown:
     parts: list[RenderableType] = []
     for one in report.tables:
         parts += [Text(one.summary[0], style="bold"), Text(one.summary[1]), worth_table(one), Text("")]
+        if one.solving is not None:
+            parts += [Text(solving(one.solving)), Text("")]
     parts += [Text(note) for note in report.notes]
     parts.append(Text(f"{folder / 'report.html'} and {folder / 'report.json'}"))
     return Group(*parts), report.model_dump(mode="json")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from router_cli.cli import main
 from router_cli.errors import InputError, SettingsError, UsageError
@@ -17,6 +19,7 @@ from router_cli.scoring import worth_report
 from router_cli.sections import OUTCOME_TABLES
 from router_cli.settings import load
 from router_cli.space import DecisionSpace
+from router_cli.summaries.evaluate import weighed
 from router_cli.teachers.heuristic import decide
 from router_cli.train import train
 from tests import training
@@ -79,6 +82,24 @@ def test_a_perfect_router_is_the_oracle_and_both_files_say_so(judge, tmp_path):
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") >= 7 and "<script" not in page and "http" not in page
     assert all(word in page for word in ("Opt.Sel", "bill a task", "same-mix coin", "McNemar"))
+
+
+def test_what_predictions_say_about_solving_is_judged_in_both_files_and_on_the_terminal(judge, tmp_path):
+    said = [{**row, "solving": {"single": (i % 2) * 0.8 + 0.1, "chain": 0.9}} for i, row in enumerate(predictions())]
+    report = judge(runs(), said)
+    found = report.tables[0].solving
+    assert found is not None and found.calibration.n == 80
+    assert found.calibration.brier.value == pytest.approx(0.01), "every run is .1 off"
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "How likely a topology solves" in page and "Reliability diagram: solved by said P(solved)" in page
+    written = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
+    assert written["tables"][0]["solving"]["topologies"][1]["said"] == pytest.approx(0.9)
+    console = Console(file=io.StringIO(), width=120)
+    console.print(weighed(report, load({"eval.output_dir": ("", str(tmp_path))}, environ={}))[0])
+    assert "P(solved | topology), on 80 runs" in " ".join(console.file.getvalue().split())
+    for broken in ({"single": 1.2}, {"single": "much"}, [0.5], {}):
+        rows = [{**row, "solving": broken} for row in predictions()]
+        assert judge(runs(), rows).tables[0].solving is None, broken
 
 
 def test_names_in_files_are_escaped_in_the_page(judge, tmp_path):

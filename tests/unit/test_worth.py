@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.stats import binomtest
+from sklearn.metrics import brier_score_loss
 
 from router_cli.schema import Outcome
 from router_cli.scoring import policies
@@ -343,3 +344,67 @@ def test_three_topologies_and_a_teacher_that_says_something_about_some(tmp_path)
     assert any("Their regret" in note for note in found.notes)
     router_part = np.array([table.solved[i, i % 3] for i in range(50)]).mean()
     assert labels.solved_difference.score.value == pytest.approx(router_part - labels.solved.value)
+
+
+def sayings(chances: np.ndarray, names: Sequence[str] = ("single", "chain")) -> System:
+    """A router that runs one agent everywhere, and says how likely each topology is to solve a task."""
+    said = [dict(zip(names, map(float, row), strict=True)) for row in chances]
+    return System("router", "router", {f"t{i}": Wish("single", None, one) for i, one in enumerate(said)})
+
+
+def test_what_a_router_says_about_solving_is_judged_on_all_runs():
+    chances, _ = needy(300, 4)
+    table = world(chances, 4, 5)
+    honest = judged(table, sayings(chances)).solving
+    assert honest is not None and honest.tasks == 300
+    ended = np.array([[[run.solved for run in runs] for runs in cells] for cells in table.runs], dtype=float)
+    said = np.repeat(chances[:, :, None], 4, axis=2)
+    measured = honest.calibration
+    assert measured.n == ended.size == 2400
+    wanted = brier_score_loss(ended.ravel(), said.ravel())
+    assert measured.brier is not None and measured.brier.value == pytest.approx(wanted, abs=1e-9)
+    assert measured.ece.low <= measured.ece_when_calibrated and measured.ece.value < 0.04
+    average = ended.mean(axis=(0, 2), keepdims=True)
+    assert honest.over_average.score.value == pytest.approx(((average - ended) ** 2).mean() - wanted, abs=1e-9)
+    assert honest.over_average.verdict == "better"
+    for place, row in enumerate(honest.topologies):
+        assert row.name == ("single", "chain")[place]
+        assert row.said == pytest.approx(chances[:, place].mean())
+        assert row.solved.value == pytest.approx(ended[:, place].mean())
+
+
+def test_a_boaster_and_one_who_knows_topologies_only_are_named():
+    chances, _ = needy(300, 4)
+    table = world(chances, 4, 5)
+    boaster = judged(table, sayings(np.clip(chances * 3, 0.02, 0.98))).solving
+    assert boaster is not None and boaster.calibration.ece.low > boaster.calibration.ece_when_calibrated
+    means = np.tile(chances.mean(axis=0), (300, 1))
+    dull = judged(table, sayings(means))
+    assert dull.solving is not None and dull.solving.over_average.verdict != "better"
+    assert "P(solved | topology), on 2,400 runs of 300 tasks: Brier" in " ".join(dull.notes)
+    shuffled = judged(table, sayings(np.random.default_rng(1).permutation(chances))).solving
+    assert shuffled is not None and shuffled.over_average.verdict == "worse"
+
+
+def test_who_says_nothing_about_solving_is_not_judged_by_it():
+    chances, _ = needy(30, 4)
+    table = world(chances, 2, 5)
+    assert judged(table, router(["single"] * 30)).solving is None
+    assert judged(table).solving is None
+    half = sayings(chances[:, :1], ("single",))
+    found = judged(table, half).solving
+    assert found is not None and [row.name for row in found.topologies] == ["single"]
+    assert found.calibration.n == 60, "topologies that are not named count nowhere"
+
+
+def test_runs_of_one_task_are_no_independent_evidence():
+    """Tasks that every run solves or none does: the interval of one run a task, not of twenty."""
+    solved = (np.random.default_rng(3).random(60) < 0.6).astype(float)
+    said = np.full((60, 1), 0.7)
+    pairs = np.stack([solved, solved], axis=1)
+    once, often = (judged(world(pairs, repeats, 5), sayings(np.tile(said, (1, 2)))).solving for repeats in (1, 20))
+    assert once is not None and often is not None
+    for name in ("ece", "brier"):
+        one, many = getattr(once.calibration, name), getattr(often.calibration, name)
+        assert many.value == pytest.approx(one.value)
+        assert many.high - many.low == pytest.approx(one.high - one.low, rel=0.1), name
