@@ -5,9 +5,10 @@ mix (a cascade: of its own cost), kNN, the length rule, the cascade where eviden
 learns from outcomes learns from those of MBPP-ET, of the same worker, and is judged on the others.
 
     LABELS ...          label files, judged as the teacher's labels on MBPP; their roles: `ROUTER_DECISION__ROLES`
-    --routers FOLDER    also judge routers: FOLDER/teacher, trained by the quickstart on the project's rubric, and
-                        FOLDER/outcomes-WORKER, trained on MBPP-ET's outcomes with the same recipe. Those that are not
-                        there yet are trained: some ten minutes each on two cores
+    --routers FOLDER    also judge routers, all of the quickstart's recipe: FOLDER/rubric, its own; FOLDER/labels,
+                        trained on LABELS; FOLDER/outcomes-WORKER, on the labels that MBPP-ET's outcomes give; and
+                        FOLDER/solve-WORKER, on these outcomes with --objective solve, which chooses by value. Those
+                        that are not there yet are trained: two to five minutes each on two cores
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from router_cli.backends.local import META
 from router_cli.dataset import read_labels
 from router_cli.from_outcomes import label_from_outcomes
 from router_cli.infer import infer
@@ -37,6 +39,7 @@ from router_cli.settings import Settings, load
 from router_cli.space import DecisionSpace
 from router_cli.tasks import read_tasks
 from router_cli.teachers.heuristic import decide
+from router_cli.train import train
 
 TAUGHT = "mbpp-et-mapcoder"
 WORKERS = ("gpt-3.5-turbo", "gpt-4-turbo")
@@ -85,7 +88,7 @@ def judged(name: str, table: Table, given: argparse.Namespace, folder: Path) -> 
         if table.worker in WORKERS:
             wishes["length rule"] = length_rule(name, table, folder / "length.jsonl", settings.eval.seed)
         if given.routers:
-            wishes |= routed(name, table.worker, tasks, given.routers)
+            wishes |= routed(name, table.worker, tasks, given)
     if given.labels and name.startswith("mbpp"):
         wishes["GPT-4's labels"] = labelled(given.labels, folder / "labelled.jsonl")
     for who, predictions in wishes.items():
@@ -195,50 +198,69 @@ def best(table: Table) -> list[int]:
     return [int(np.argmax(row)) for row in np.nan_to_num(table.solved)]
 
 
-def routed(name: str, worker: str, tasks: str, folder: Path) -> dict[str, Path]:
-    """Predictions of the trained routers; one trained on MBPP-ET's outcomes says nothing of MBPP itself."""
-    adapters = {"router, teacher": teacher(folder / "teacher")}
-    if worker in WORKERS and not name.startswith("mbpp"):
-        adapters["router, outcomes"] = outcomes(folder / f"outcomes-{worker}", worker)
+def routed(name: str, worker: str, tasks: str, given: argparse.Namespace) -> dict[str, Path]:
+    """Predictions of the trained routers; those that learnt from MBPP say nothing of MBPP itself."""
+    folder = given.routers
+    asked: dict[str, tuple[Path, dict[str, Any]]] = {"router, rubric": (rubric(folder / "rubric"), {})}
+    if not name.startswith("mbpp"):
+        if given.labels:
+            asked["router, GPT-4's labels"] = taught(given.labels, folder / "labels"), {}
+        if worker in WORKERS:
+            asked["router, outcomes"] = outcomes(folder / f"outcomes-{worker}", worker, "decision"), {}
+            asked["router, by value"] = outcomes(folder / f"solve-{worker}", worker, "solve"), by_value(worker)
     found = {}
-    for who, adapter in adapters.items():
+    for who, (adapter, how) in asked.items():
         # The two tables of MBPP ask the same.
         found[who] = folder / f"{adapter.parent.name}.{'mbpp' if name.startswith('mbpp') else name}.jsonl"
         if not found[who].exists():
             whole = found[who].with_suffix(".part")
-            values = {"adapter": adapter, "data": [tasks], "output": str(whole)}
+            values = {"adapter": adapter, "data": [tasks], "output": str(whole), **how}
             infer(load().with_values(**{f"infer__{key}": value for key, value in values.items()}))
             whole.rename(found[who])
     return found
 
 
-def teacher(folder: Path) -> Path:
+def rubric(folder: Path) -> Path:
     """The quickstart's router."""
     if not (folder / "report.json").exists():
         quickstart(load().with_values(quickstart__output_dir=folder))
     return folder / "adapter"
 
 
-def outcomes(folder: Path, worker: str) -> Path:
-    """A router trained, with the quickstart's recipe, on the labels that this worker's runs on MBPP-ET give."""
+def taught(labels: Sequence[str], folder: Path) -> Path:
+    """A router trained on the teacher's labels."""
+    return trained(load().with_values(train__data=list(labels)), folder / "adapter")
+
+
+def outcomes(folder: Path, worker: str, objective: str) -> Path:
+    """A router trained on what this worker's runs on MBPP-ET say, of the topologies that they know."""
     labels = folder / "labels.jsonl"
-    settings = load().with_values(label__from_outcomes=TAUGHT, label__worker=worker, label__output=str(labels))
-    if not (folder / "adapter" / "router_lora_meta.json").exists():
-        label_from_outcomes(settings)
-        from router_cli.train import train
+    known = tables(read_outcomes(TAUGHT, worker))[0].topologies
+    settings = load().with_values(decision__topologies=list(known), train__objective=objective)
+    if not labels.exists():
+        made = {"from_outcomes": TAUGHT, "worker": worker, "output": str(labels)}
+        label_from_outcomes(settings.with_values(**{f"label__{key}": value for key, value in made.items()}))
+    return trained(settings.with_values(train__data=[str(labels)]), folder / "adapter")
 
-        train(_recipe(settings, labels, folder / "adapter"))
-    return folder / "adapter"
+
+def trained(settings: Settings, adapter: Path) -> Path:
+    """An adapter by the quickstart's recipe, once."""
+    if not (adapter / META).exists():
+        values = {"model": SMALL_MODEL, "output_dir": adapter, "lora_last_layers": LAST_LAYERS}
+        train(settings.with_values(**TRAINING, **{f"train__{key}": value for key, value in values.items()}))
+    return adapter
 
 
-def _recipe(settings: Settings, labels: Path, output: Path) -> Settings:
-    return settings.with_values(
-        **TRAINING,
-        train__data=[str(labels)],
-        train__model=SMALL_MODEL,
-        train__output_dir=output,
-        train__lora_last_layers=LAST_LAYERS,
-    )
+def by_value(worker: str) -> dict[str, Any]:
+    """Prices of MBPP-ET, and that value of a solved task at which both fixed topologies are worth the same there.
+
+    There the choice matters most: a lower value makes single right nearly everywhere, a higher one the chain.
+    """
+    (learnt,) = tables(read_outcomes(TAUGHT, worker))
+    cheap, dear = policies.always(learnt)
+    worth = (dear.dollars.mean() - cheap.dollars.mean()) / (dear.solved.mean() - cheap.solved.mean())
+    prices = zip(learnt.topologies, (cheap.dollars.mean(), dear.dollars.mean()), strict=True)
+    return {"value_of_solving": float(worth), "price": [f"{name}={price:.6f}" for name, price in prices]}
 
 
 # -- a cascade that learns when to go on ------------------------------------------------------------------------

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import gc
 import io
+import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -258,4 +263,22 @@ def entry() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A Windows code page lacks most characters: better `\u2026` than no result.
         sys.stdout.reconfigure(errors="backslashreplace")
-    sys.exit(main())
+    # Torch and transformers bring a million objects that stay: looking through them again and again while they come
+    # takes a second, and taking them apart at the end another.
+    gc.set_threshold(50_000, 20, 100)
+    code = 1
+    atexit.register(lambda: _leave(code))  # before anything else is: what others registered later runs first
+    try:
+        code = main()
+    except SystemExit as ended:  # from completion, which is Typer's own
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    sys.exit(code)
+
+
+def _leave(code: int) -> None:
+    """End the process when all that had to be done at its end is done; the interpreter's own end is skipped."""
+    logging.shutdown()  # was registered when logging was imported, and would come after this
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or its reader has gone away
+            stream.flush()
+    os._exit(code)

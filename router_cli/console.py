@@ -33,6 +33,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from router_cli.errors import OutputError
+from router_cli.jsonl import reason
 from router_cli.progress import Bar
 
 LINE_SECONDS = 5.0
@@ -61,15 +63,17 @@ class Console:
     def result(self, shown: RenderableType, document: BaseModel | dict[str, Any] | None = None) -> None:
         """Put a result on stdout: `shown` for people, `document` in its place under --json."""
         if not self.as_json:
-            self._out.print(shown, markup=False)
+            with _printing():
+                self._out.print(shown, markup=False)
         elif document is not None:
             text = json.dumps(_plain(document), ensure_ascii=False, indent=2)
             # A Windows code page, or half of an emoji: what the stream cannot take is written as \uXXXX.
             self.raw(text if _takes(sys.stdout.encoding, text) else json.dumps(_plain(document), indent=2))
 
     def raw(self, text: str) -> None:
-        """Put a line on stdout as it is."""
-        print(text, file=sys.stdout, flush=True)
+        """Put a line on stdout as it is. Raises OutputError where it takes none, BrokenPipeError where nobody reads."""
+        with _printing():
+            print(text, file=sys.stdout, flush=True)
 
     # -- progress.Progress ------------------------------------------------------------------------------------
 
@@ -222,6 +226,17 @@ class _Lines:
         if self._status:
             parts.append(self._status)
         self._console.print(", ".join(parts), markup=False)
+
+
+@contextmanager
+def _printing() -> Iterator[None]:
+    """Turn the refusals of standard output into an OutputError; a reader that has gone away is none."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"standard output: cannot be written: {reason(error)}") from error
 
 
 def _takes(encoding: str | None, text: str) -> bool:

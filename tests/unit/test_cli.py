@@ -221,6 +221,50 @@ def test_a_reader_that_goes_away_leaves_no_traceback() -> None:
     assert process.wait() == 1 and err == b""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_full_disk_behind_stdout_is_one_line(more: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "router_cli", "infer", "--backend", "heuristic", "-q", "Sort a list.", *more],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        )
+    assert (done.returncode, done.stderr) == (1, "error: standard output: cannot be written: no space left on device\n")
+
+
+@pytest.mark.parametrize(("argv", "code"), [(["config", "show"], 0), (["infer", "--nothing"], 2)])
+def test_the_end_of_the_process_is_quick_but_skips_nothing(argv: list[str], code: int) -> None:
+    """Threads are waited for, logs are written out, all of the output and the code arrive."""
+    script = (
+        "import logging.handlers, sys, threading, time\n"
+        "from router_cli import cli\n"
+        "def at_work():\n"
+        "    time.sleep(1)\n"
+        "    logging.getLogger('kept').error('logged')\n"
+        "    print('worked')\n"
+        "class Last:\n"
+        "    def __del__(self): print('taken apart')\n"
+        "kept = Last()\n"
+        "whole = logging.handlers.MemoryHandler(100, logging.CRITICAL, logging.StreamHandler(sys.stdout))\n"
+        "logging.getLogger('kept').addHandler(whole)\n"
+        "threading.Thread(target=at_work).start()\n"
+        f"sys.argv = ['router', *{argv!r}]\n"
+        "cli.entry()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["worked", "logged"], "and nothing is taken apart"
+    assert ("label.model" in done.stdout) == (code == 0)
+
+
 def test_tracebacks_are_for_vv_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["label", "--teacher", "heuristic", "--data", str(tmp_path / "none.jsonl")]
     assert main(argv) == 1
