@@ -14,7 +14,7 @@ from typing import Any
 
 from router_cli.jsonl import read_rows
 from router_cli.scoring.intervals import coin_test
-from router_cli.scoring.metrics import macro_f1
+from router_cli.scoring.metrics import coin_agreement, macro_f1
 from router_cli.space import TOPOLOGIES, DecisionSpace
 from router_cli.teachers.heuristic import decide
 
@@ -41,7 +41,7 @@ def agreement(rows: Sequence[dict[str, Any]], majority: str) -> dict[str, float]
     gold = np.array([TOPOLOGIES.index(row["decision"]["topology"]) for row in rows])
     ours = np.array([TOPOLOGIES.index(answer.topology) for answer in answers])
     constant = np.full_like(gold, TOPOLOGIES.index(majority))
-    coin, p_value = coin_test(gold, ours)
+    coin, p_value = float(coin_agreement(gold, ours)), coin_test(gold, ours)
     accuracy = float((gold == ours).mean())
     figures = {
         "accuracy": accuracy,

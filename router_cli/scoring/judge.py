@@ -94,13 +94,13 @@ def _own(
         "macro-F1": partial(metrics.macro_f1, gold, system.labels, count),
         "role_f1": partial(metrics.mean, role_f1),
         "step_difference": partial(metrics.mean, step_difference),
+        "coin": partial(metrics.coin_agreement, gold, system.labels),
+        "entropy": partial(metrics.mix_entropy, system.labels),
     }
     measured |= {f"F1 of {name}": partial(_f1, gold, system.labels, count, i) for i, name in enumerate(classes)}
     resampled = intervals.bootstrap(measured, n, resamples, seed)
-    expected, p = intervals.coin_test(gold, system.labels, resamples, seed)
     calibration, selective = _confidence(system, gold, correct, resamples, seed)
     counts = metrics.confusion(gold, system.labels, count)
-    taken = counts.sum(axis=0)[:-1]
     whole = [one == example.decision for one, example in zip(system.decisions, examples, strict=True)]
     return Own(
         valid=metrics.wilson(int((system.labels != metrics.NONE).sum()), n),
@@ -119,8 +119,8 @@ def _own(
         confusion=tuple(tuple(int(cell) for cell in row) for row in counts),
         calibration=calibration,
         selective=selective,
-        coin=Coin(expected=expected, p=p),
-        entropy=metrics.entropy((taken / max(1.0, taken.sum())).tolist()),
+        coin=Coin(expected=resampled.score("coin"), p=intervals.coin_test(gold, system.labels, resamples, seed)),
+        entropy=resampled.biased("entropy", math.log2(count)),
         spending=parts.spending(system.spent, resamples, seed),
     )
 
@@ -220,7 +220,12 @@ def _confidence(
         n=len(rows),
         aurc=resampled.score("aurc"),
         curve=tuple(
-            RiskPoint(coverage=float(coverage[i]), risk=float(risk[i]), threshold=float(threshold[i])) for i in kept
+            RiskPoint(
+                coverage=float(coverage[i]),
+                risk=metrics.wilson(round(risk[i] * (count := round(coverage[i] * len(rows)))), count),
+                threshold=float(threshold[i]),
+            )
+            for i in kept
         ),
     )
 

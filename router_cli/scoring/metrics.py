@@ -115,6 +115,28 @@ def per_class(gold: Array, predicted: Array, classes: int) -> list[ClassScore]:
     return found
 
 
+def coin_agreement(gold: Array, predicted: Array, weights: Array | None = None) -> Array:
+    """Share of rows on which a coin with the predictions' own mix is expected to name the gold class."""
+    import numpy as np
+
+    weights = np.ones(len(gold)) if weights is None else weights
+    kinds = np.union1d(gold, predicted)[:, None]
+    shares = [_ratio(weights @ (one == kinds).T.astype(float), weights.sum(-1)[..., None]) for one in (gold, predicted)]
+    found: Array = (shares[0] * shares[1]).sum(-1)
+    return found
+
+
+def mix_entropy(labels: Array, weights: Array | None = None) -> Array:
+    """Shannon entropy, in bits, of the mix of the valid predictions; 0 where there is none."""
+    import numpy as np
+
+    weights = np.ones(len(labels)) if weights is None else weights
+    counts = weights @ (labels == np.unique(labels[labels != NONE])[:, None]).T.astype(float)
+    shares = np.nan_to_num(_ratio(counts, counts.sum(-1)[..., None]))
+    found: Array = -(shares * np.log2(np.where(shares > 0, shares, 1.0))).sum(-1)
+    return found + 0.0  # no -0.0
+
+
 def role_agreement(gold: Sequence[Collection[str]], predicted: Sequence[Collection[str] | None]) -> tuple[Array, Array]:
     """Per row: F1 of the role sets (Dice coefficient), and whether they are equal. None scores 0."""
     import numpy as np

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,7 +11,7 @@ from router_cli.schema import Decision, Example, Score
 from router_cli.scoring import intervals, metrics
 from router_cli.scoring.answers import Answers
 from router_cli.scoring.gold import About, languages
-from router_cli.scoring.results import Ceiling, CostPoint, Difference, SelectiveRisk, Slice, Spending
+from router_cli.scoring.results import Ceiling, CostPoint, Difference, RiskPoint, SelectiveRisk, Slice, Spending
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -148,6 +149,18 @@ def _number(decision: Decision | None, classes: Sequence[str]) -> int:
     return metrics.NONE if decision is None else classes.index(decision.topology)
 
 
+def _together(point: RiskPoint, own: Score) -> Score:
+    """The agreement of a router that answers what a point covers, with a teacher of the agreement `own` for the rest.
+
+    The interval of this sum comes from those of its parts (Zou and Donner 2008).
+    """
+    share, risk = point.coverage, point.risk
+    low = math.hypot(share * (risk.high - risk.value), (1 - share) * (own.value - own.low))
+    high = math.hypot(share * (risk.value - risk.low), (1 - share) * (own.high - own.value))
+    value = share * (1 - risk.value) + (1 - share) * own.value
+    return Score(value=value, low=max(0.0, value - low), high=min(1.0, value + high), n=own.n)
+
+
 def cost_quality(
     selective: SelectiveRisk | None, found: Ceiling | None, teacher: Spending | None
 ) -> tuple[CostPoint, ...] | None:
@@ -157,7 +170,7 @@ def cost_quality(
     """
     if selective is None:
         return None
-    own = found.agreement.value if found else 1.0
+    own = found.agreement if found else Score(value=1.0, low=1.0, high=1.0, n=selective.n)
     price = teacher.dollars.value if teacher and teacher.dollars else None
     step = max(1, len(selective.curve) // _POINTS)
     kept = [*selective.curve[::-1][::step]]
@@ -165,7 +178,7 @@ def cost_quality(
         CostPoint(
             asked=1 - one.coverage,
             dollars=None if price is None else (1 - one.coverage) * price,
-            agreement=one.coverage * (1 - one.risk) + (1 - one.coverage) * own,
+            agreement=_together(one, own),
             threshold=one.threshold,
         )
         for one in kept

@@ -86,17 +86,29 @@ def reliability(calibration: Calibration, said: str = "confidence", done: str = 
 
 def risk_coverage(selective: SelectiveRisk, others: Sequence[tuple[str, SelectiveRisk]] = (), name: str = "") -> str:
     """Share of errors among the answered tasks by the share answered, from the surest on; one line a system."""
-    error = selective.curve[-1].risk
+    error = selective.curve[-1].risk.value
     every = [(name, selective), *others]
-    top = max(0.05, *(point.risk for _, one in every for point in one.curve))
+    # The intervals of the surest few reach far up: they may leave the picture.
+    top = min(1.0, max(0.05, 2 * error, *(point.risk.value for _, one in every for point in one.curve)))
     body, x, y = _axes(0, 1, 0, top, "coverage", "risk (error share)")
     body.append(f'<line class="axis dashed" x1="{x(0)}" y1="{y(error)}" x2="{x(1)}" y2="{y(error)}"/>')
     for place, (_, one) in enumerate(every):
-        body.append(_line([(x(point.coverage), y(point.risk)) for point in one.curve], _TONES[place % len(_TONES)]))
+        tone = _TONES[place % len(_TONES)]
+        if len(every) == 1:  # several bands would hide each other
+            body.append(
+                _band(
+                    [
+                        (x(point.coverage), y(min(top, point.risk.low)), y(min(top, point.risk.high)))
+                        for point in one.curve
+                    ],
+                    tone,
+                )
+            )
+        body.append(_line([(x(point.coverage), y(point.risk.value)) for point in one.curve], tone))
     if others:
         body += _legend([one for one, _ in every])
     half = min(selective.curve, key=lambda point: abs(point.coverage - 0.5))
-    words = f"all tasks {error:.2f} errors, the surest {half.coverage:.0%} {half.risk:.2f} errors"
+    words = f"all tasks {error:.2f} errors, the surest {half.coverage:.0%} {half.risk.value:.2f} errors"
     return _svg(_WIDTH, _HEIGHT, f"Risk-coverage curve: {words}", "".join(body))
 
 
@@ -105,16 +117,18 @@ def cost_quality(points: Sequence[CostPoint], free: Sequence[tuple[str, float]])
     of systems that cost nothing. The dashed line hands over at random."""
     priced = all(point.dollars is not None for point in points)
     cost = [point.dollars or 0.0 if priced else point.asked for point in points]
-    bottom = max(0.0, min([point.agreement for point in points] + [value for _, value in free]) - 0.03)
+    bottom = max(0.0, min([point.agreement.low for point in points] + [value for _, value in free]) - 0.03)
     unit = "US dollars a task for the teacher" if priced else "share of the tasks that the teacher gets"
     right = max(cost) or 1.0
     body, x, y = _axes(0, right, bottom, 1, unit, "agreement")
     first, last = points[0], points[-1]
     body.append(
-        f'<line class="axis dashed" x1="{x(cost[0])}" y1="{y(first.agreement)}" x2="{x(cost[-1])}" '
-        f'y2="{y(last.agreement)}"/>'
+        f'<line class="axis dashed" x1="{x(cost[0])}" y1="{y(first.agreement.value)}" x2="{x(cost[-1])}" '
+        f'y2="{y(last.agreement.value)}"/>'
     )
-    shown = [(x(at), y(point.agreement)) for at, point in zip(cost, points, strict=True)]
+    shown = [(x(at), y(point.agreement.value)) for at, point in zip(cost, points, strict=True)]
+    every = zip(cost, points, strict=True)
+    body.append(_band([(x(at), y(point.agreement.low), y(point.agreement.high)) for at, point in every], "accent"))
     body.append(_line(shown, "accent"))
     dots = [("router", "accent", shown[0], "start"), ("teacher", "good", shown[-1], "end")]
     dots += [(name, "muted", (x(0), y(value)), "start") for name, value in free]
@@ -124,7 +138,10 @@ def cost_quality(points: Sequence[CostPoint], free: Sequence[tuple[str, float]])
             f'x="{at + (7 if anchor == "start" else -7)}" y="{up + 15}" text-anchor="{anchor}">{escape(name)}</text>'
         )
     half = min(zip(cost, points, strict=True), key=lambda one: abs(one[1].asked - 0.5))
-    words = f"router alone {first.agreement:.2f}, with the teacher on {half[1].asked:.0%} {half[1].agreement:.2f}"
+    words = (
+        f"router alone {first.agreement.value:.2f}, with the teacher on {half[1].asked:.0%} "
+        f"{half[1].agreement.value:.2f}"
+    )
     return _svg(_WIDTH, _HEIGHT, f"Cost and quality: {words}", "".join(body))
 
 
@@ -226,6 +243,12 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next(size * unit for size in (1, 2, 2.5, 5, 10) if size * unit >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _band(points: Sequence[tuple[float, float, float]], tone: str) -> str:
+    """The interval around a line: x, and the y of its two ends."""
+    around = [(x, low) for x, low, _ in points] + [(x, high) for x, _, high in reversed(points)]
+    return f'<polygon class="{tone} band" points="{" ".join(f"{x},{y}" for x, y in around)}"/>'
 
 
 def _line(points: Sequence[tuple[float, float]], tone: str) -> str:

@@ -37,9 +37,9 @@ def html(report: Report) -> str:
         page.section(
             "By topology",
             _per_class(report),
-            f"Coin of the router's own mix: {report.coin.expected:.3f} "
+            f"Coin of the router's own mix: {interval(report.coin.expected)} "
             f"agreement; shuffled answers agree as often with p {page.p(report.coin.p)}. Entropy of the mix: "
-            f"{report.entropy:.2f} bits.",
+            f"{interval(report.entropy)} bits.",
         ),
         _calibration(report),
         _cost_quality(report),

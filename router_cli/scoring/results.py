@@ -69,7 +69,7 @@ class RiskPoint(Record):
     """Answering only what is at least `threshold` sure covers this share of the tasks, at this share of errors."""
 
     coverage: float
-    risk: float
+    risk: Score
     threshold: float
 
 
@@ -84,7 +84,7 @@ class SelectiveRisk(Record):
 class Coin(Record):
     """The agreement of a coin with the router's own mix, and how often a shuffled copy does as well as the router."""
 
-    expected: float
+    expected: Score
     p: float
 
 
@@ -185,7 +185,7 @@ class CostPoint(Record):
 
     asked: float
     dollars: float | None
-    agreement: float
+    agreement: Score
     threshold: float | None
 
 
@@ -208,7 +208,7 @@ class Own(Record):
     selective: SelectiveRisk | None
     coin: Coin
     # Entropy of the mix of topologies, in bits: 0 is constant, 2 is four topologies alike.
-    entropy: float
+    entropy: Score
     spending: Spending | None
 
 

@@ -72,10 +72,10 @@ def warnings(figures: Figures, around: Surroundings) -> list[str]:
         found.append(f"All judged labels are {next(iter(support))}: nothing can be told about choosing a topology.")
     if said := collapsed(figures):
         found.append(f"The router {said}.")
-    if figures.entropy > 0 and len(support) > 1 and figures.coin.p > 0.05:
+    if figures.entropy.value > 0 and len(support) > 1 and figures.coin.p > 0.05:
         found.append(
             f"The router is no better than a coin of its own mix: it agrees with {figures.accuracy.value:.3f} of the "
-            f"labels, the coin with {figures.coin.expected:.3f} (permutation test, p = {figures.coin.p:.2f})."
+            f"labels, the coin with {figures.coin.expected.value:.3f} (permutation test, p = {figures.coin.p:.2f})."
         )
     if n < FEW_TASKS:
         found.append(f"Only {n} judged tasks: fewer than {FEW_TASKS} tell little, whatever the intervals say.")
@@ -114,7 +114,7 @@ def collapsed(own: Own) -> str:
     most = max(taken, key=lambda name: taken[name])
     if len(taken) == 1:
         return f"is constant: every valid decision is {most}"
-    return hardly_varies(most, taken[most] / sum(taken.values()), own.entropy)
+    return hardly_varies(most, taken[most] / sum(taken.values()), own.entropy.value)
 
 
 def hardly_varies(most: str, share: float, entropy: float) -> str:

@@ -43,10 +43,14 @@ def field_metrics(
     gap: dict[str, metrics.Metric] = {"pgr": partial(routing.pgr, first.solved[both], weak, better)}
     if score is not None and sweeps:
         called = score[both]
-        share, quality = routing.call_curve(called, weak, better)
+        share = routing.call_curve(called, weak, better)[0]
         spent = routing.call_curve(called, table.price[both, 0], table.price[both, strong])[1]
         kept = np.unique(np.linspace(0, len(share) - 1, min(_CURVE_POINTS, len(share))).round().astype(int))
-        curve = [CurvePoint(share=float(share[i]), price=float(spent[i]), solved=float(quality[i])) for i in kept]
+        # Of equal scores all are called or none, as in the curve.
+        levels = np.concatenate([[np.inf], np.unique(called)[::-1]])
+        solved = {str(i): partial(metrics.mean, np.where(called >= levels[i], better, weak)) for i in kept}
+        drawn = intervals.bootstrap(solved, len(both), resamples, seed)
+        curve = [CurvePoint(share=float(share[i]), price=float(spent[i]), solved=drawn.score(str(i))) for i in kept]
         gap["apgr"] = partial(routing.apgr, called, weak, better)
         for name, target in (("cpt_50", 0.5), ("cpt_80", 0.8)):
             gap[name] = _by_rows(partial(_cpt, called, weak, better, target))

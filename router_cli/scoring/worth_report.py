@@ -60,7 +60,11 @@ def cost_quality(found: Replayed) -> str | None:
     line = " ".join(f"{x(cost)},{y(quality)}" for cost, quality in edge)
     body.append(f'<polyline class="axis dashed" fill="none" points="{line}"/>')
     if found.curve:
-        body.append(pictures._line([(x(point.price), y(point.solved)) for point in found.curve], "accent"))
+        shown = [
+            (x(point.price), y(max(low, point.solved.low)), y(min(high, point.solved.high))) for point in found.curve
+        ]
+        body.append(pictures._band(shown, "accent"))
+        body.append(pictures._line([(x(point.price), y(point.solved.value)) for point in found.curve], "accent"))
     for row, cost in known:
         tone, at, far = _TONES.get(row.kind, "muted"), x(cost), cost > 0.7 * top
         # Coins lie on the dashed line, where their names would only be in the way.

@@ -96,7 +96,7 @@ class CurvePoint(Record):
 
     share: float
     price: float
-    solved: float
+    solved: Score
 
 
 class SolvingRow(Record):

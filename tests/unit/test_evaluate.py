@@ -244,7 +244,7 @@ def test_a_router_no_better_than_a_coin_of_its_mix_is_named(judge):
     kinds = np.random.default_rng(0).permutation([TOPOLOGIES[i % 4] for i in range(60)])
     report = judge([prediction(i, str(kind)) for i, kind in enumerate(kinds)], labels())
     assert any("no better than a coin of its own mix" in warning for warning in report.warnings)
-    assert report.coin.expected == pytest.approx(0.25)
+    assert report.coin.expected.value == pytest.approx(0.25)
     assert not any("coin" in warning for warning in judge(right(60, wrong=9), labels()).warnings)
 
 
@@ -326,7 +326,7 @@ def test_what_answers_and_labels_take_is_counted(judge):
     # Half of the tasks handed over cost half of the teacher's price.
     half = min(report.cost_quality, key=lambda point: abs(point.asked - 0.5))
     assert half.dollars == pytest.approx(half.asked * 0.002)
-    assert [(one.asked, one.agreement) for one in report.cost_quality][-1] == (1.0, 1.0)
+    assert [(one.asked, one.agreement.value) for one in report.cost_quality][-1] == (1.0, 1.0)
 
 
 def test_rows_of_rules_and_people_took_no_tokens(judge):
@@ -363,9 +363,9 @@ def test_a_router_that_hardly_varies_sets_off_the_alarm(judge):
     # Three topologies share a tenth: no single one has the rest, and yet the entropy is low.
     some = [prediction(i, "single" if i % 12 else "chain") for i in range(60)]
     report = judge(some, labels())
-    assert report.entropy == pytest.approx(0.414, abs=1e-3)
+    assert report.entropy.value == pytest.approx(0.414, abs=1e-3)
     assert not any("varies" in one for one in report.warnings)
-    assert judge(right(60), labels()).entropy == 2.0
+    assert judge(right(60), labels()).entropy.value == 2.0
 
 
 def test_two_routers_stand_side_by_side(judge, tmp_path):
@@ -398,7 +398,7 @@ def test_calibration_and_selective_risk_follow_the_probabilities(judge):
     assert [one.count for one in report.calibration.bins] == [15, 45]
     assert report.calibration.ece.value == pytest.approx(0.75 * 0.05 + 0.25 * 0.4)
     assert (report.systems[0].ece, report.systems[0].brier) == (report.calibration.ece, report.calibration.brier)
-    assert [(point.coverage, point.risk) for point in report.selective.curve] == [(0.75, 0.0), (1.0, 0.25)]
+    assert [(point.coverage, point.risk.value) for point in report.selective.curve] == [(0.75, 0.0), (1.0, 0.25)]
     assert report.mistakes[0].probability == 0.4
     assert any("1 judged prediction is from a fallback" in note for note in report.notes)
 

@@ -35,6 +35,7 @@ def measured(gold: np.ndarray, first: np.ndarray, second: np.ndarray) -> dict[st
         "macro-F1 of the other": partial(metrics.macro_f1, gold, b, CLASSES),
         "Brier": partial(metrics.brier, first, gold),
         "AURC": partial(metrics.aurc, sure, (a == gold).astype(float)),
+        "coin": partial(metrics.coin_agreement, gold, a),
         "ECE": partial(metrics.ece, sure, (a == gold).astype(float)),
     }
 
@@ -49,7 +50,7 @@ def coverage(draws: int, tasks: int) -> dict[str, float]:
         found = measured(gold, first, second)
         ece = found.pop("ECE")
         resampled = intervals.bootstrap(found, tasks, RESAMPLES, seed)
-        scores = {name: (resampled.score(name), truth[name]) for name in ("macro-F1", "Brier", "AURC")}
+        scores = {name: (resampled.score(name), truth[name]) for name in ("macro-F1", "Brier", "AURC", "coin")}
         right = (first.argmax(axis=1) == gold).astype(float)
         scores["accuracy"] = metrics.wilson(int(right.sum()), tasks), truth["accuracy"]
         scores["ECE"] = metrics.ece_interval(first.max(axis=1), right, RESAMPLES, seed), truth["ECE"]
@@ -60,6 +61,20 @@ def coverage(draws: int, tasks: int) -> dict[str, float]:
         for name, (score, true) in scores.items():
             held.setdefault(name, []).append(score.low <= true <= score.high)
     return {name: float(np.mean(each)) for name, each in held.items()}
+
+
+@pytest.mark.parametrize("mix", [(0.6, 0.2, 0.15, 0.05), (0.9, 0.04, 0.03, 0.03), (0.25, 0.25, 0.25, 0.25)])
+def test_the_interval_of_an_entropy_holds_the_truth(mix: tuple[float, ...]) -> None:
+    """A sample's own entropy is too low by (classes - 1) / 2n nats; of four equal classes it is always below."""
+    truth, rng, held = metrics.entropy(mix), np.random.default_rng(3), []
+    for seed in range(DRAWS):
+        labels = rng.choice(CLASSES, TASKS, p=mix)
+        drawn = intervals.bootstrap({"entropy": partial(metrics.mix_entropy, labels)}, TASKS, RESAMPLES, seed)
+        score = drawn.biased("entropy", 2.0)
+        assert 0 <= score.low <= score.value <= score.high <= 2
+        held.append(score.low <= truth + 1e-9 and truth - 1e-9 <= score.high)
+    assert np.mean(held) >= 0.93, np.mean(held)
+    assert np.mean(held) <= 0.97 or truth == 2, np.mean(held)
 
 
 @pytest.mark.slow
