@@ -14,7 +14,7 @@ from pathlib import Path
 from router_cli import errors, fallback
 from router_cli.errors import InputError, OutputError, PartialError, UsageError
 from router_cli.infer import identity
-from router_cli.jsonl import read_json, write_json, writing
+from router_cli.jsonl import alone, read_json, write_json, writing
 from router_cli.progress import SILENT, Progress
 from router_cli.settings import Settings
 from router_cli.shards import Done, Worker
@@ -150,22 +150,11 @@ def _shards(data: Path, progress: Progress) -> list[str]:
 @contextlib.contextmanager
 def _held(output: Path) -> Iterator[None]:
     """Hold the folder against other processes, and clear away what killed ones left half written."""
-    from filelock import FileLock, Timeout
-
-    with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(output / LOCK)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            raise OutputError(f"{output}: another `router infer` is writing it; choose another --output") from None
-    try:
+    with alone(output, output / LOCK, f"{output}: another `router infer` is writing it; choose another --output"):
         with writing(output):
             for left in output.rglob(".*.part"):
                 left.unlink(missing_ok=True)
         yield
-    finally:
-        lock.release()
 
 
 def _noted(output: Path, settings: Settings) -> None:

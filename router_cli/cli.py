@@ -167,12 +167,13 @@ def evaluate(
 
 @app.command(rich_help_panel="The loop")
 @with_settings("run", "infer.adapter", "infer.backend", "infer.base", "infer.model", *SPACE, *ENDPOINT, *BASES)
-def run(call: Call, task: Annotated[str, typer.Argument(help="The task as text.")]) -> None:
+def run(call: Call, task: Annotated[str, typer.Argument(help="The task as text, or - for standard input.")]) -> None:
     """Decide for one task, let the team of agents work on it, and print its result."""
+    from router_cli.jsonl import read_text
     from router_cli.run import run
     from router_cli.summaries.run import ran, told
 
-    result = run(call.settings, task, call.console)
+    result = run(call.settings, read_text(task) if task == "-" else task, call.console)
     call.console.panel(told(result))
     call.console.result(*ran(result))
 

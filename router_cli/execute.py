@@ -11,7 +11,6 @@ the topology's plain team (`teams.given`). What is in the folder:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import os
@@ -22,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from router_cli.costs import dollars
-from router_cli.errors import BudgetReached, InputError, OutputError, UsageError
-from router_cli.jsonl import Appender, dumps, replacing, writing
+from router_cli.errors import BudgetReached, InputError, UsageError
+from router_cli.jsonl import Appender, alone, dumps, replacing
 from router_cli.labelling.streams import Source
 from router_cli.progress import SILENT, Bar, Progress
 from router_cli.schema import Decision, Message, Usage
@@ -84,9 +83,10 @@ def execute(
     problems = read_problems(settings.eval.data, settings.eval.limit)
     cells = list(_cells(settings, problems, decisions))
     folder = settings.eval.output_dir
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder), ThreadPoolExecutor(os.cpu_count() or 1) as pool, Calls(folder / CALLS) as calls:
+    held = alone(
+        folder, folder / ".execute.lock", f"{folder}: another command executes there; choose another --output-dir"
+    )
+    with held, ThreadPoolExecutor(os.cpu_count() or 1) as pool, Calls(folder / CALLS) as calls:
         return asyncio.run(_Run(settings, cells, calls, box, pool, progress, worker).go())
 
 
@@ -283,19 +283,3 @@ class _Run:
             loop = asyncio.get_running_loop()
             self.verdicts[key] = asyncio.ensure_future(loop.run_in_executor(self.pool, judged))
         return await asyncio.shield(self.verdicts[key])
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder against other processes. Raises OutputError where one has it."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / ".execute.lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise OutputError(f"{folder}: another command executes there; choose another --output-dir") from None
-    try:
-        yield
-    finally:
-        lock.release()

@@ -281,6 +281,35 @@ def writing(path: Path) -> Iterator[None]:
         raise OutputError(f"{path}: cannot be written: {reason(error)}") from error
 
 
+@contextmanager
+def alone(path: Path, lock: Path, taken: str) -> Iterator[None]:
+    """Hold the file `lock`, whose folder is made, against other processes that would write `path`.
+
+    Raises OutputError, in the words `taken` where another process has it.
+    """
+    from filelock import FileLock, Timeout
+
+    held = FileLock(lock)
+    with writing(path):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            held.acquire(blocking=False)
+        except Timeout:
+            # Where no file can be made at all, as in /proc, this is all that the lock says too.
+            none = f"{path}: cannot be written: {lock.parent} takes no files"
+            raise OutputError(taken if lock.exists() else none) from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def read_text(path: str) -> str:
+    """The whole text of a file, `-` for standard input, with newlines for line ends. Raises what `read_lines` does."""
+    lines = dict(read_lines(path))
+    return "\n".join(lines.get(number, "") for number in range(1, max(lines, default=0) + 1))
+
+
 def reason(error: BaseException) -> str:
     """The operating system's words for a failure, without number and path."""
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()

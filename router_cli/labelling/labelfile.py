@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from router_cli.errors import OutputError
-from router_cli.jsonl import dumps, replacing, write_rows, writing
+from router_cli.jsonl import alone, dumps, replacing, write_rows, writing
 from router_cli.labelling.estimate import Estimate
 from router_cli.labelling.worklist import UNPAID
 from router_cli.schema import Usage
@@ -96,24 +96,10 @@ class LabelFile:
                 "move it away or choose another --output, so that nothing is overwritten"
             )
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> contextlib.AbstractContextManager[None]:
         """Hold the file against other processes. Raises OutputError where one has it."""
-        from filelock import FileLock, Timeout
-
-        with writing(self.output):
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.output.with_name(f".{self.output.name}.lock"))
-            try:
-                lock.acquire(blocking=False)
-            except Timeout:
-                raise OutputError(
-                    f"{self.output}: another `router label` is writing it; choose another --output"
-                ) from None
-        try:
-            yield
-        finally:
-            lock.release()
+        taken = f"{self.output}: another `router label` is writing it; choose another --output"
+        return alone(self.output, self.output.with_name(f".{self.output.name}.lock"), taken)
 
     def write(self, rows: Iterable[tuple[dict[str, Any], bool]], bad: Iterable[BadLine]) -> Counts:
         """Replace output and rejected file by `rows` (`Worklist.rows`), each as a whole, and count."""

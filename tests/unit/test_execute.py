@@ -20,8 +20,9 @@ import pytest
 
 from router_cli.cli import main
 from router_cli.errors import BudgetReached, InputError, OutputError, UsageError
-from router_cli.execute import CALLS, _alone, execute
+from router_cli.execute import CALLS, execute
 from router_cli.executing import judge_executed
+from router_cli.jsonl import alone
 from router_cli.schema import Message, Usage
 from router_cli.settings import Settings, load
 from router_cli.space import DecisionSpace
@@ -309,7 +310,7 @@ def test_an_adapter_decides_first_and_a_cascade_is_chosen_on_the_training_tasks(
 def test_two_commands_do_not_work_in_one_folder(tmp_path: Path) -> None:
     data = write_problems(tmp_path / "toy.jsonl", 1)
     (tmp_path / "out").mkdir()
-    with _alone(tmp_path / "out"), pytest.raises(OutputError, match="another command"):
+    with alone(tmp_path, tmp_path / "out" / ".execute.lock", ""), pytest.raises(OutputError, match="another command"):
         execute(settings(data), {}, worker=Simulated())
 
 

@@ -14,7 +14,17 @@ from typing import Any
 import pytest
 
 from router_cli.errors import InputError, OutputError
-from router_cli.jsonl import Appender, dumps, read_json, read_lines, read_rows, replacing, write_json, write_rows
+from router_cli.jsonl import (
+    Appender,
+    alone,
+    dumps,
+    read_json,
+    read_lines,
+    read_rows,
+    replacing,
+    write_json,
+    write_rows,
+)
 
 ROWS = [{"task": "Sort a list."}, {"task": "排序列表，保留重复项。"}]
 TEXT = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n"
@@ -138,6 +148,20 @@ def test_a_half_line_longer_than_a_block_is_cut_off(tmp_path: Path) -> None:
     path.write_bytes(b'{"a": 1}\n' + b"x" * 200_000)
     Appender(path).close()
     assert path.read_bytes() == b'{"a": 1}\n'
+
+
+def test_a_file_is_held_against_others_and_a_place_without_files_is_named(tmp_path: Path) -> None:
+    path, lock = tmp_path / "new" / "f.jsonl", tmp_path / "new" / ".f.lock"
+    with alone(path, lock, "taken"), pytest.raises(OutputError, match=r"^taken$"), alone(path, lock, "taken"):
+        raise AssertionError("two have it")
+    with alone(path, lock, "taken"):
+        pass
+    if Path("/proc/self").exists():
+        with (
+            pytest.raises(OutputError, match=r"^/proc/x.jsonl: cannot be written"),
+            alone(Path("/proc/x.jsonl"), Path("/proc/.x.lock"), "taken"),
+        ):
+            raise AssertionError("/proc takes no files")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")

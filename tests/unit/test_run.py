@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from pathlib import Path
 
@@ -46,6 +47,18 @@ def test_the_router_decides_where_the_user_does_not(tmp_path: Path, capsys: pyte
     document = json.loads(capsys.readouterr().out)
     assert code == 0 and document["decision"]["topology"] == "single" and document["result"] == "said by builder"
     assert document["usage"]["cost_usd"] == pytest.approx(server.cost) or document["usage"]["cost_usd"] is not None
+
+
+def test_a_dash_is_the_task_on_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "Sort a list.\n\nIt holds: 写.\n"
+    raw = text.replace("\n", "\r\n").encode("utf-16")  # as PowerShell pipes
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(raw))))
+    with FakeTeacher(behave=speak) as server:
+        argv = ["run", "-", "--base-url", server.url, "--output-dir", str(tmp_path / "runs"), "--decision", CHAIN]
+        assert main(argv) == 0
+        assert all("Sort a list.\n\nIt holds: 写." in str(call.messages[1]["content"]) for call in server.calls)
+    [trace] = (tmp_path / "runs").glob("*.jsonl")
+    assert read_trace(trace).task == text.rstrip()
 
 
 def test_a_coroutine_lets_teams_work_side_by_side(tmp_path: Path) -> None:
