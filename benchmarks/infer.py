@@ -29,9 +29,11 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from router_cli import prompts
+from router_cli import models, prompts
+from router_cli.backends.adapters import adapted
 from router_cli.backends.decoding import Decoder
 from router_cli.backends.local import LocalBackend, calibration_of, read_meta
+from router_cli.backends.local import load as load_model
 from router_cli.errors import UsageError
 from router_cli.infer import infer
 from router_cli.jsonl import read_rows
@@ -66,6 +68,13 @@ def backend(options: argparse.Namespace) -> LocalBackend:
         options.backend = LocalBackend(settings(options))
     found: LocalBackend = options.backend
     return found
+
+
+def plain(options: argparse.Namespace) -> Any:
+    """The same merged model as transformers loads it, for the rivals: ours lays weights out for its own products."""
+    chosen = settings(options)
+    base = models.resolve(read_meta(options.adapter)["base_model"]["folder_or_id"], chosen)
+    return adapted(load_model(base, chosen)[0], options.adapter)
 
 
 def held_out(options: argparse.Namespace, split: str = "test") -> list[dict[str, Any]]:
@@ -211,14 +220,14 @@ def grammar(space: DecisionSpace, tokenizer: Any, vocabulary: int) -> Callable[[
 def speed(options: argparse.Namespace) -> Iterator[str]:
     """Milliseconds a decision of each way, and the bars."""
     one = backend(options)
-    model, tokenizer, space = one.model, one.tokenizer, one.space
+    model, tokenizer, space = plain(options), one.tokenizer, one.space
     held = grammar(space, tokenizer, model.config.vocab_size)
     if held is None:
         yield "xgrammar is not installed: nothing to compare with there"
     for size in options.batches:
         # Alone, prompts differ by how many choices their decisions hold.
         encoded = asked(options, max(size, 4), space, tokenizer)
-        decoder = Decoder(model, tokenizer, space, size)
+        decoder = Decoder(one.model, tokenizer, space, size)
 
         def written(processors: Any = None, size: int = size, encoded: list[list[int]] = encoded) -> list[list[int]]:
             parts = (encoded[start : start + size] for start in range(0, len(encoded), size))
@@ -235,9 +244,9 @@ def speed(options: argparse.Namespace) -> Iterator[str]:
         each = ", ".join(f"{name} {median(seconds) / len(encoded) * 1000:.0f} ms" for name, seconds in taken.items())
         steps = {}
         for name, way in ways.items():
-            with counted(model) as passes:
+            with counted(model) as theirs, counted(one.model) as ours:
                 way()
-            steps[name] = len(passes) / len(encoded) * size
+            steps[name] = len(theirs + ours) / len(encoded) * size
         answers = [tokenizer.decode(row, skip_special_tokens=True) for row in written()]
         same = mean(
             prompts.render(found.decision) == answer
@@ -281,7 +290,7 @@ def pipeline(options: argparse.Namespace) -> Iterator[str]:
         chat_template="{% raw %}" + before + "{% endraw %}{{ state }}{% raw %}" + after + "{% endraw %}",
         sanitize_control_tokens=False,  # it tokenises the task apart from what stands before it
     )
-    theirs = made("decision", model=one.model, tokenizer=tokenizer, decision_config=described)
+    theirs = made("decision", model=plain(options), tokenizer=tokenizer, decision_config=described)
     question = {"topology": {"type": "choice", "criteria": dict.fromkeys(names)}}
     requests = [{"state": text, "questions": question} for text in texts]
     decoder = Decoder(one.model, tokenizer, one.space, len(texts))

@@ -206,7 +206,7 @@ def routed(name: str, worker: str, tasks: str, given: argparse.Namespace) -> dic
         if given.labels:
             asked["router, GPT-4's labels"] = taught(given.labels, folder / "labels"), {}
         if worker in WORKERS:
-            asked["router, outcomes"] = outcomes(folder / f"outcomes-{worker}", worker, "decision"), {}
+            asked["router, outcomes"] = outcomes(folder / f"outcomes-{worker}", worker, "imitate"), {}
             asked["router, by value"] = outcomes(folder / f"solve-{worker}", worker, "solve"), by_value(worker)
     found = {}
     for who, (adapter, how) in asked.items():

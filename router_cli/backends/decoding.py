@@ -12,8 +12,8 @@ is fed once: the ends of the tree share one cache, and a mask shows each of them
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -199,7 +199,7 @@ class Decoder:
                 self._make_room(list(rows.values()))
                 if len(keep) < before:
                     cache.batch_select_indices(torch.tensor(keep, device=self._model.device))
-                scores = self._forward([row.runs for row in rows.values()], cache)
+                scores = self._forward([row.runs for row in rows.values()], cache, self._choices(rows.values()))
         return [found[number] for number in range(len(encoded))]
 
     def _ask_solving(self, rows: list[Row], cache: Any) -> None:
@@ -210,9 +210,9 @@ class Decoder:
         prompted = [row.runs for row in rows]
         for row in rows:
             row.runs = [Run(way.start[begun:], row.runs[0].mask) for way in ways]
-        scores = self._forward([row.runs for row in rows], cache)
-        pairs = torch.tensor([[way.solved, way.unsolved] for way in ways] * len(rows), device=scores.device)
-        shares = torch.softmax(scores.gather(1, pairs).cpu().double(), 1)[:, 0].view(len(rows), len(ways))
+        asked = [(way.solved, way.unsolved) for way in ways] * len(rows)
+        scores = self._forward([row.runs for row in rows], cache, asked)
+        shares = torch.softmax(scores, 1)[:, 0].view(len(rows), len(ways))
         for row, runs, own in zip(rows, prompted, shares.tolist(), strict=True):
             row.runs, row.solving = runs, dict(zip(self._verdicts, own, strict=True))
 
@@ -235,16 +235,16 @@ class Decoder:
                 row.runs.append(run)
             del row.branches[len(row.runs) :]
 
-    def _children(self, rows: list[Row], scores: Any) -> Iterator[list[Branch]]:
-        """What the rows' branches lead to, in turn, from the logits [branches, vocabulary] at their ends."""
+    def _choices(self, rows: Iterable[Row]) -> list[list[int]]:
+        """The tokens that may follow each of the rows' runs."""
+        return [list(self._search.node(branch).groups) for row in rows for branch in row.branches]
+
+    def _children(self, rows: list[Row], logits: Any) -> Iterator[list[Branch]]:
+        """What the rows' branches lead to, in turn, from the logits at their ends, as `_forward` gives them."""
         import torch
 
         ends = [(branch, run.mask) for row in rows for branch, run in zip(row.branches, row.runs, strict=True)]
         nodes = [self._search.node(branch) for branch, _ in ends]
-        widest = max(len(node.groups) for node in nodes)
-        # Padded with the first token, so that one copy brings all logits that count to the CPU.
-        tokens = [[*node.groups, *[next(iter(node.groups))] * (widest - len(node.groups))] for node in nodes]
-        logits = scores.gather(1, torch.tensor(tokens, device=scores.device)).cpu().double()
         if not logits.isfinite().all():
             raise ModelError(
                 f"{self._model.config.name_or_path}: computes no finite numbers in {self._model.dtype}: "
@@ -275,7 +275,7 @@ class Decoder:
             cache = self._cache(cut, len(part))
             if self._activated:
                 self._encode_resting(part, cache)
-            parts.append((self._forward([row.runs for row in part], cache), cache))
+            parts.append((self._forward([row.runs for row in part], cache, self._choices(part)), cache))
         if len(parts) == 1:
             return parts[0]
         whole, length = parts[0][1], max(cache.get_seq_length() for _, cache in parts)
@@ -294,7 +294,7 @@ class Decoder:
             end = len(run.tokens) - len(self._activated.invocation) - len(self.tree.root.run)
             row.runs = [Run(run.tokens[:end], run.mask), Run(run.tokens[end:], run.mask)]
         with self._activated.resting():
-            self._forward([row.runs[:1] for row in rows], cache)
+            self._forward([row.runs[:1] for row in rows], cache, [()] * len(rows))
         for row in rows:
             row.runs = [Run(row.runs[1].tokens, row.runs[0].mask)]
 
@@ -308,15 +308,16 @@ class Decoder:
         if self._prefix_cache is None:
             self._prefix_cache = DynamicCache()
             with self._activated.resting() if self._activated else nullcontext():
-                self._forward([[Run(self._prefix, torch.ones(0, dtype=torch.bool))]], self._prefix_cache)
+                self._forward([[Run(self._prefix, torch.ones(0, dtype=torch.bool))]], self._prefix_cache, [()])
         cache = copy.deepcopy(self._prefix_cache)
         cache.batch_repeat_interleave(rows)
         return cache
 
-    def _forward(self, rows: list[list[Run]], cache: Any) -> Any:
-        """Feed every row's runs side by side; float32 logits [runs, vocabulary] after the last token of each.
+    def _forward(self, rows: list[list[Run]], cache: Any, wanted: Sequence[Sequence[int]]) -> Any:
+        """Feed every row's runs side by side; the logits of the `wanted` tokens after the last token of each run.
 
-        A run sees what its mask shows of the cache, and itself up to each token.
+        A run sees what its mask shows of the cache, and itself up to each token. Returns float64 [runs, most wanted]
+        on the CPU; where a run wants fewer tokens, its last is repeated.
         """
         import torch
 
@@ -344,21 +345,47 @@ class Decoder:
         mask = seen
         if model.config._attn_implementation != "sdpa":  # others add it to the scores
             mask = torch.zeros(seen.shape, dtype=model.dtype).masked_fill_(~seen, torch.finfo(model.dtype).min)
-        places = torch.tensor(ends, device=device).T
-        # The model's own forward, because some scale or cap what the head gives; the head sees the ends alone.
-        hook = model.get_output_embeddings().register_forward_pre_hook(
-            lambda module, states: (states[0][places[0], places[1]][None],)
-        )
-        try:
+        tokens = sorted({token for own in wanted for token in own} or {0})
+        with _head_of(model, torch.tensor(ends, device=device).T, torch.tensor(tokens, device=device)):
             logits = model(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 position_ids=positions.to(device),
                 **filling(model, cache),
             ).logits
-        finally:
-            hook.remove()
-        return logits[0].float()
+        widest, place = max(map(len, wanted)), {token: i for i, token in enumerate(tokens)}
+        picked = [[place[token] for token in (*own, *[*own[-1:]] * (widest - len(own)))] for own in wanted]
+        return logits[0].cpu().double().gather(1, torch.tensor(picked, dtype=torch.long).view(len(wanted), widest))
+
+
+@contextmanager
+def _head_of(model: Any, ends: Any, tokens: Any) -> Iterator[None]:
+    """While open, the model's head answers for the places `ends` ([2, runs]: rows, positions) and for `tokens` alone.
+
+    The forward pass around it stays the model's own, because some scale or cap what the head gives.
+    """
+    import torch
+
+    head = model.get_output_embeddings()
+    ordinary, own = head.forward, head.__dict__.get("forward")
+    plain = type(head) is torch.nn.Linear and own is None
+
+    def narrow(states: Any) -> Any:
+        states = states[ends[0], ends[1]][None]
+        if not plain:
+            return ordinary(states)[..., tokens]
+        # Of 50 to 150 thousand rows a handful can follow. They are taken here, where sharded weights are whole.
+        weight, bias = head.weight[tokens], None if head.bias is None else head.bias[tokens]
+        return torch.nn.functional.linear(states, weight, bias)
+
+    head.forward = narrow
+    try:
+        yield
+    finally:
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own
 
 
 def _context(config: Any) -> int:

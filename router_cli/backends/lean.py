@@ -40,7 +40,7 @@ def streamline(model: Any) -> Callable[[], None]:
     for part in changed:
         part.forward = MethodType(_adapted, part)
     if attention == "sdpa":  # a model without it has reasons of its own
-        _register()
+        attending()
         base.set_attn_implementation(ATTENTION)
 
     def undo() -> None:
@@ -125,16 +125,20 @@ def _product() -> Any:
 
 
 @cache
-def _register() -> None:
-    """Make `_attention` known to transformers, with the masks that its own eager attention takes."""
+def attending() -> None:
+    """Make `attend` known to transformers as `ATTENTION`, with the masks that its own eager attention takes."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
 
 
-def _attention(
+_SCORES = 2**26
+"""Attention scores that are held at once, at most (256 MB each time): for more, torch's fused attention holds none."""
+
+
+def attend(
     module: Any,
     query: Any,
     key: Any,
@@ -153,6 +157,13 @@ def _attention(
 
     batch, heads, length, size = query.shape
     groups, seen = key.shape[1], key.shape[2]
+    if batch * heads * length * seen > _SCORES:
+        dropout = dropout if module.training else 0.0
+        mask = None if attention_mask is None else attention_mask[:, :, :, :seen]
+        long = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, mask, dropout, scale=scaling, enable_gqa=True
+        )
+        return long.transpose(1, 2).contiguous(), None
     together = (batch, groups, heads // groups * length, size)
     scores = (query * scaling).reshape(together) @ key.transpose(2, 3)
     scores = scores.view(batch, groups, heads // groups, length, seen)

@@ -16,6 +16,7 @@ from router_cli.backends.adapters import adapted
 from router_cli.backends.decoding import Decoder
 from router_cli.backends.device import ROWS_AT_ONCE, best_device, fast_dtype
 from router_cli.backends.library import quiet
+from router_cli.backends.packed import packed
 from router_cli.backends.search import SEARCHED, Decoded
 from router_cli.backends.value import value_of
 from router_cli.errors import InputError, ModelError, UsageError
@@ -53,6 +54,7 @@ class LocalBackend:
         self.model, self.tokenizer = load(base, settings)
         if adapter is not None and whole is None:
             self.model = adapted(self.model, adapter)
+        self.model = packed(self.model)
         calibration = calibration_of(meta)
         measured, type_here = calibration.dtype if calibration else None, str(self.model.dtype).removeprefix("torch.")
         if settings.infer.fallback is not None and measured not in (None, type_here):

@@ -10,6 +10,7 @@ from router_cli.backends.activated import activated
 from router_cli.backends.adapters import adapted
 from router_cli.backends.decoding import Decoder
 from router_cli.backends.local import load, serving_dtype
+from router_cli.backends.packed import packed
 from router_cli.progress import Progress
 from router_cli.schema import Example
 from router_cli.scoring.calibration import Calibration, fit
@@ -43,7 +44,7 @@ def calibrated(
             served = model.eval() if activated(model) else model.merge_and_unload().eval()
         else:  # trained in another type: probabilities differ between types
             served = adapted(load(base, settings)[0], settings.train.output_dir)
-        decoder = Decoder(served, tokenizer, space, max_length=settings.train.max_length)
+        decoder = Decoder(packed(served), tokenizer, space, max_length=settings.train.max_length)
         encoded = [decoder.prompt(example.text) for example in validation]
         with progress.bar("calibrate", len(encoded)) as bar:
             shares = decoder.distributions(encoded)
