@@ -37,6 +37,11 @@ def warnings(found: Replayed) -> list[str]:
     """Reasons to distrust the figures, the gravest first."""
     first, counts = found.policies[0], found.counts
     said = [*_flaws(found), *_noise(found)] if first.kind == "router" else []
+    if found.solving is not None and found.solving.over_average.verdict == "worse":
+        said.append(
+            "What the router says about solving is further from these runs than each topology's own average is: a choice "
+            "by value would rest on it."
+        )
     if counts.judged < FEW_TASKS:
         said.append(
             f"Only {counts.judged} judged tasks: fewer than {FEW_TASKS} tell little, whatever the intervals say."
