@@ -39,8 +39,8 @@ def warnings(found: Replayed) -> list[str]:
     said = [*_flaws(found), *_noise(found)] if first.kind == "router" else []
     if found.solving is not None and found.solving.over_average.verdict == "worse":
         said.append(
-            "What the router says about solving is further from these runs than each topology's own average is: a choice "
-            "by value would rest on it."
+            "What the router says about solving is further from these runs than each topology's own average is: a "
+            "choice by value would rest on it."
         )
     if counts.judged < FEW_TASKS:
         said.append(
