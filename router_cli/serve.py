@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from router_cli import fallback
 from router_cli.backends import Backend, make_backend
+from router_cli.backends.device import hand_back
 from router_cli.errors import RouterError, UsageError
 from router_cli.fallback import Fallback, make_fallback
 from router_cli.infer import predict
@@ -27,6 +28,8 @@ from router_cli.schema import Prediction, Task
 from router_cli.serving.app import Office, Service, Unsure
 from router_cli.settings import Settings
 from router_cli.tasks import OWN_TASKS, read_tasks
+
+Decide = Callable[[Sequence[Task]], list[Prediction | BaseException]]
 
 if TYPE_CHECKING:
     import uvicorn
@@ -106,7 +109,7 @@ def server_of(service: Service, settings: Settings) -> uvicorn.Server:
 
 def office(backend: Backend, unsure: Fallback | None, settings: Settings) -> Office:
     """Who decides for a server: the backend, and `unsure` where it is not sure enough."""
-    decide = partial(_decide, backend)
+    decide = _tidied(partial(_decide, backend))
     if unsure is None:
         return Office(backend.space, decide, settings.infer.batch_size)
 
@@ -123,6 +126,25 @@ def office(backend: Backend, unsure: Fallback | None, settings: Settings) -> Off
         spent=lambda: unsure.usage.cost_usd or 0.0,
         close=lambda: unsure.__exit__(None, None, None),
     )
+
+
+HAND_BACK_SECONDS = 10.0
+"""How often a server gives freed memory back; doing so takes some tens of milliseconds."""
+
+
+def _tidied(decide: Decide) -> Decide:
+    """`decide`, and every `HAND_BACK_SECONDS` what it has freed goes back to the system."""
+    last = time.monotonic()
+
+    def tidied(tasks: Sequence[Task]) -> list[Prediction | BaseException]:
+        nonlocal last
+        found = decide(tasks)
+        if time.monotonic() - last >= HAND_BACK_SECONDS:
+            hand_back()
+            last = time.monotonic()
+        return found
+
+    return tidied
 
 
 def _decide(backend: Backend, tasks: Sequence[Task]) -> list[Prediction | BaseException]:

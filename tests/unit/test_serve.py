@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import openai
 import pytest
 
 from router_cli import prompts
+from router_cli.backends.device import hand_back
 from router_cli.backends.heuristic import HeuristicBackend
 from router_cli.backends.local import LocalBackend
 from router_cli.cli import main
@@ -22,7 +24,7 @@ from router_cli.errors import SettingsError, UsageError
 from router_cli.fallback import make_fallback
 from router_cli.infer import infer, predict
 from router_cli.schema import Prediction, Task
-from router_cli.serve import serve
+from router_cli.serve import _tidied, serve
 from router_cli.serving.shapes import OPENING
 from router_cli.space import DecisionSpace
 from router_cli.tasks import stable_id
@@ -502,3 +504,23 @@ def test_the_page_names_every_path_and_every_error() -> None:
     assert set(re.findall(r'"(router_\w+)"', source)) == {
         name.removesuffix("_total") for name in re.findall(r"`(router_(?!cli)\w+)", page)
     }
+
+
+@pytest.mark.skipif(not hand_back(), reason="another C library than glibc")
+def test_freed_memory_goes_back_every_so_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def decide(tasks: Sequence[Task]) -> list[Prediction | BaseException]:
+        # Many small pieces, of which the last stays: glibc keeps all that lies below it.
+        pieces = [bytearray(60_000) for _ in range(2_000)]
+        kept.append(pieces[-1])
+        return []
+
+    kept: list[bytearray] = []
+    monkeypatch.setattr("router_cli.serve.HAND_BACK_SECONDS", 3600.0)
+    _tidied(decide)([])
+    grown = resident()
+    monkeypatch.setattr("router_cli.serve.HAND_BACK_SECONDS", 0.0)
+    _tidied(decide)([])
+    assert resident() < grown - 50_000_000
