@@ -273,6 +273,7 @@ def entry() -> None:
         code = main()
     except SystemExit as ended:  # from completion, which is Typer's own
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        raise
     sys.exit(code)
 
 

@@ -41,15 +41,14 @@ def _seconds(dtype: Any, repeats: int = 3) -> float:
     return best
 
 
-def hand_back() -> bool:
-    """Give the memory that is free inside this process back to the system; whether it can be done (glibc alone).
+def hand_back() -> None:
+    """Give the memory that is free inside this process back to the system, where the C library is glibc.
 
     Batches of many shapes leave holes that glibc keeps: a server grows by half for minutes, though nothing is held.
     """
     trim = _malloc_trim()
     if trim is not None:
         trim(0)
-    return trim is not None
 
 
 @cache

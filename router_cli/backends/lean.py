@@ -37,16 +37,14 @@ def streamline(model: Any) -> Callable[[], None]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     changed = [part for part in model.modules() if _plain(part)]
     attention = base.config._attn_implementation
+    attend_plainly(base)
     for part in changed:
         part.forward = MethodType(_adapted, part)
-    if attention == "sdpa":  # a model without it has reasons of its own
-        attending()
-        base.set_attn_implementation(ATTENTION)
 
     def undo() -> None:
         for part in changed:
             del part.forward
-        if attention == "sdpa":
+        if base.config._attn_implementation != attention:
             base.set_attn_implementation(attention)
 
     return undo
@@ -124,8 +122,15 @@ def _product() -> Any:
     return Product.apply
 
 
+def attend_plainly(model: Any) -> None:
+    """Let a model attend in plain products; one without torch's fused attention has reasons of its own, and stays."""
+    if model.config._attn_implementation == "sdpa":
+        _register()
+        model.set_attn_implementation(ATTENTION)
+
+
 @cache
-def attending() -> None:
+def _register() -> None:
     """Make `attend` known to transformers as `ATTENTION`, with the masks that its own eager attention takes."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -139,7 +139,7 @@ svg .grid{stroke:var(--line)}svg .axis{stroke:var(--axis)}svg .dashed{stroke-das
 svg line.accent,svg .line.accent{stroke:var(--accent)}svg line.good,svg .line.good{stroke:var(--good)}
 svg line.bad{stroke:var(--bad)}svg line.muted{stroke:var(--muted)}
 svg .thick{stroke-width:3;stroke-linecap:round;opacity:.55}svg .soft{stroke-width:2;opacity:.45}
-svg .band{opacity:.13}svg .band.accent{fill:var(--accent)}svg .band.good{fill:var(--good)}
+svg .band{opacity:.13}svg .band.accent{fill:var(--accent)}
 svg .line{fill:none;stroke-width:2.25;stroke-linejoin:round}
 svg .dot.accent{fill:var(--accent)}svg .dot.good{fill:var(--good)}svg .dot.bad{fill:var(--bad)}
 svg .dot.muted{fill:var(--muted)}

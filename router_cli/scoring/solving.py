@@ -39,17 +39,16 @@ def solving(table: Table, wishes: Mapping[str, Wish], resamples: int, seed: int)
     found = np.array(rows)
     tasks, columns = np.unique(found[:, 0], return_inverse=True)[1], found[:, 1].astype(int)
     chance, solved = found[:, 2], found[:, 3]
-    used = [column for column in range(len(table.topologies)) if (columns == column).any()]
-    rates = {column: float(solved[columns == column].mean()) for column in used}
-    average = np.array([rates[column] for column in columns])
+    count, said_of, solved_of = (np.bincount(columns, weights=each) for each in (None, chance, solved))
+    average = solved_of[columns] / count[columns]
     losses = {"brier": (chance - solved) ** 2, "gain": (average - solved) ** 2 - (chance - solved) ** 2}
-    count = np.bincount(tasks).astype(float)
+    runs = np.bincount(tasks).astype(float)
     measured = {
-        name: partial(metrics.mean_of_sums, np.bincount(tasks, weights=loss), count) for name, loss in losses.items()
+        name: partial(metrics.mean_of_sums, np.bincount(tasks, weights=loss), runs) for name, loss in losses.items()
     }
-    resampled = intervals.bootstrap(measured, len(count), resamples, seed)
+    resampled = intervals.bootstrap(measured, len(runs), resamples, seed)
     return Solving(
-        tasks=len(count),
+        tasks=len(runs),
         calibration=Calibration(
             n=len(rows),
             ece=metrics.ece_interval(chance, solved, resamples, seed, groups=tasks),
@@ -61,9 +60,9 @@ def solving(table: Table, wishes: Mapping[str, Wish], resamples: int, seed: int)
         topologies=tuple(
             SolvingRow(
                 name=table.topologies[column],
-                said=float(chance[columns == column].mean()),
-                solved=metrics.wilson(int(solved[columns == column].sum()), int((columns == column).sum())),
+                said=float(said_of[column] / count[column]),
+                solved=metrics.wilson(int(solved_of[column]), int(count[column])),
             )
-            for column in used
+            for column in np.flatnonzero(count)
         ),
     )

@@ -71,12 +71,13 @@ def weigh(table: Table, systems: Sequence[System], how: Choosing) -> Replayed | 
         invalid=brought[router.name].invalid if router else 0,
         fallen=brought[router.name].fallen if router else 0,
     )
-    return _judge(judged, train, systems, brought, counts, how)
+    return _judge(judged, train, router, systems, brought, counts, how)
 
 
 def _judge(
     table: Table,
     train: Table | None,
+    router: System | None,
     systems: Sequence[System],
     brought: Mapping[str, Wished],
     counts: ReplayCounts,
@@ -97,7 +98,7 @@ def _judge(
         policies.same_price(table, first, fixed) if first.kind == "router" else None,
         policies.cascade(table, strong),
         policies.doubted(table, strong),
-        _priced(table, train, systems, strong, how),
+        _priced(table, train, router, strong, how),
         policies.nearest(table, train, how.seed),
         oracle,
     ]
@@ -105,7 +106,6 @@ def _judge(
     rows = [_fair(table, first, row, how) for row in _rows(everybody, how)]
     metric, curve = field_metrics(table, first, score, fixed, strong, how.resamples, how.seed)
     noise = oracles.rerun_noise(table, first, fixed[strong], strong)
-    router = next((one for one in systems if one.kind == "router"), None)
     found = Replayed(
         name=table.name,
         benchmark=table.benchmark,
@@ -140,11 +140,10 @@ def _fair(table: Table, first: Policy, row: PolicyRow, how: Choosing) -> PolicyR
     return row.model_copy(update={"solved_difference": parts.told(score)})
 
 
-def _priced(table: Table, train: Table | None, systems: Sequence[System], strong: int, how: Choosing) -> Policy | None:
+def _priced(table: Table, train: Table | None, router: System | None, strong: int, how: Choosing) -> Policy | None:
     if how.penalty is None:
         return None
-    router = next((one.wishes for one in systems if one.kind == "router"), None)
-    return escalation.priced_cascade(table, train, router, strong, how.penalty)
+    return escalation.priced_cascade(table, train, router.wishes if router else None, strong, how.penalty)
 
 
 def _told(table: Table, system: System, wished: Wished) -> Policy:
