@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -11,14 +11,15 @@ from pathlib import Path
 from router_cli import fallback
 from router_cli.backends import Backend, make_backend
 from router_cli.backends.local import META
+from router_cli.badlines import BadLines
 from router_cli.errors import InputError, OutputError, UsageError
-from router_cli.jsonl import Appender, read_json, read_rows, write_json, write_rows, writing
+from router_cli.jsonl import Appender, alone, read_json, read_rows, write_json
 from router_cli.labelling.estimate import Confirm
 from router_cli.models import file_sha256
 from router_cli.progress import SILENT, Progress
 from router_cli.schema import Prediction, Task, Usage
 from router_cli.settings import Settings
-from router_cli.tasks import read_tasks, stable_id
+from router_cli.tasks import stable_id
 
 WINDOW = 2
 """Batches that are read at once, so that tasks of like length can share one; as many decisions a kill can cost."""
@@ -56,15 +57,32 @@ def infer(
         raise UsageError("pass either one task as text, or --data FILE (- for standard input)")
     if text is not None and not text.strip():
         raise UsageError("the task is empty")
-    falls_back = fallback.check(settings)
-    skipped: dict[tuple[str, int], dict[str, object]] = {}
+    fallback.check(settings)
+    skipped = BadLines(settings.infer.data, settings.infer.skip_bad_lines)
     tasks = _tasks(settings, text, skipped)
     # A missing file is said before a model is loaded for minutes. A price must not hang on `--limit`.
     first = list(islice(tasks, fallback.PRICED if settings.infer.target_cost is not None else 1))
     if not first:
         raise InputError(f"{', '.join(settings.infer.data)}: holds no task of the {settings.infer.split} split")
     tasks = islice(chain(first, tasks), settings.infer.limit)
-    output = Path(settings.infer.output) if settings.infer.output else None
+    if settings.infer.output is None:
+        return _infer(settings, text, tasks, first, None, skipped, progress, confirm)
+    with _held(Path(settings.infer.output)) as output:
+        return _infer(settings, text, tasks, first, output, skipped, progress, confirm)
+
+
+def _infer(
+    settings: Settings,
+    text: str | None,
+    tasks: Iterator[Task],
+    first: list[Task],
+    output: Path | None,
+    skipped: BadLines,
+    progress: Progress,
+    confirm: Confirm | None,
+) -> InferResult:
+    """Decide for `tasks`, which begin with `first`, going on from what stands in `output`."""
+    falls_back = fallback.check(settings)
     standing = _continued(output, settings) if output else []
     for number, (known, task) in enumerate(zip(standing, tasks, strict=False), start=1):
         if known != task.id:
@@ -79,7 +97,7 @@ def infer(
     unsure: fallback.Fallback | None = None
 
     def rest() -> Iterator[Task]:
-        return islice(_tasks(settings, text, {}), done, settings.infer.limit)
+        return islice(_tasks(settings, text, skipped), done, settings.infer.limit)
 
     with progress.bar("infer", 1 if text is not None else None, done) as bar, ExitStack() as stack:
         writer = Appender(output) if output else None
@@ -103,36 +121,23 @@ def infer(
         finally:
             if writer:
                 writer.close()
-    _record(skipped, output, progress)
+    if output:
+        skipped.record(output)
+    else:
+        for line in skipped:
+            progress.warn(line)
     result = InferResult(output, found, decided, done, len(skipped), fallbacks)
     if unsure is None:
         return result
     return replace(result, threshold=unsure.threshold, unsure=dict(unsure.counts), usage=unsure.usage)
 
 
-def _tasks(settings: Settings, text: str | None, skipped: dict[tuple[str, int], dict[str, object]]) -> Iterator[Task]:
-    """The tasks to decide, whatever their number; unreadable lines go into `skipped`."""
+def _tasks(settings: Settings, text: str | None, skipped: BadLines) -> Iterator[Task]:
+    """The tasks to decide, whatever their number."""
     if text is not None:
         return iter([Task(id=stable_id(text), text=text)])
     wanted = settings.infer.split
-
-    def read(path: str) -> Iterator[Task]:
-        def note(line: int, raw: str, why: str) -> None:
-            skipped[path, line] = {"file": path, "line": line, "text": raw[:1000], "reason": why}
-
-        return read_tasks([path], on_bad=note if settings.infer.skip_bad_lines else None)
-
-    found = chain.from_iterable(read(path) for path in settings.infer.data)
-    return (task for task in found if wanted in ("all", task.split))
-
-
-def _record(skipped: dict[tuple[str, int], dict[str, object]], output: Path | None, progress: Progress) -> None:
-    """Write the skipped lines beside the output, as `label` does; without one, say them."""
-    if output is None:
-        for one in skipped.values():
-            progress.warn(f"{one['file']}:{one['line']}: skipped: {one['reason']}")
-    elif skipped:
-        write_rows(output.with_name(f"{output.name}.bad-lines.jsonl"), skipped.values())
+    return (task for task in skipped.tasks() if wanted in ("all", task.split))
 
 
 def decisions(backend: Backend, unsure: fallback.Fallback | None, tasks: list[Task]) -> Iterable[Prediction]:
@@ -179,19 +184,25 @@ def identity(settings: Settings) -> dict[str, object]:
     return {**chosen, "decision": settings.decision.model_dump(mode="json"), "adapter's training": trained}
 
 
-def _continued(output: Path, settings: Settings) -> list[str]:
-    """The task ids of the rows of `output` that stand from an interrupted or finished call of the same settings.
-
-    Raises OutputError where the file comes from another call: it is not mixed and not overwritten.
-    """
+@contextmanager
+def _held(output: Path) -> Iterator[Path]:
+    """Hold the file against other processes. Raises OutputError for what is none, or where another one has it."""
     if output.is_dir():
         raise OutputError(f"{output}: is a folder, expected a file to write the predictions to")
     if output.exists() and not output.is_file():
         raise OutputError(
             f"{output}: is a device, which cannot be continued; without --output rows go to standard output"
         )
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
+    taken = f"{output}: another `router infer` is writing it; choose another --output"
+    with alone(output, output.with_name(f".{output.name}.lock"), taken):
+        yield output
+
+
+def _continued(output: Path, settings: Settings) -> list[str]:
+    """The task ids of the rows of `output` that stand from an interrupted or finished call of the same settings.
+
+    Raises OutputError where the file comes from another call: it is not mixed and not overwritten.
+    """
     note = output.with_name(f".{output.name}.infer.json")
     mine = identity(settings)
     if not output.exists() or output.stat().st_size == 0:

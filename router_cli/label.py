@@ -12,22 +12,21 @@ import contextlib
 import gc
 import time
 from collections.abc import Iterator
-from functools import partial
 from itertools import chain, islice
 
 from router_cli import costs, examples
+from router_cli.badlines import BadLines
 from router_cli.errors import BudgetReached, InputError, RouterError, TeacherError, UsageError
 from router_cli.labelling import batching
 from router_cli.labelling.estimate import Confirm, Estimate, Estimator, approve
 from router_cli.labelling.journal import Journal
-from router_cli.labelling.labelfile import BadLine, LabelFile, LabelResult
+from router_cli.labelling.labelfile import LabelFile, LabelResult
 from router_cli.labelling.streams import Source
 from router_cli.labelling.worklist import UNPAID, Question, Worklist
 from router_cli.progress import SILENT, Bar, Progress
 from router_cli.schema import Task
 from router_cli.settings import Settings
 from router_cli.space import DecisionSpace
-from router_cli.tasks import read_tasks
 from router_cli.teachers import Answer, OfflineTeacher, Teacher, make_teacher, total
 
 # After a final refusal, answers already on their way may still come in: they are paid for.
@@ -80,7 +79,7 @@ class _Run:
         self.journal = Journal(self.files.journal, progress)
         self.worklist = Worklist(settings, teacher, self.space, examples.choose(settings).id)
         self.streamed, self.paid = "-" in settings.label.data, not isinstance(teacher, OfflineTeacher)
-        self.bad: dict[BadLine, None] = {}  # both passes over the input meet them
+        self.bad = BadLines(settings.label.data, settings.label.skip_bad_lines)
         self.usage, self.refused, self.stopped = UNPAID, 0, ""
         self.estimate: Estimate | None = None
         self.lost: list[str] = []
@@ -148,16 +147,7 @@ class _Run:
 
     def tasks(self) -> Iterator[Task]:
         """The tasks, read lazily."""
-        wanted = self.settings.label
-
-        def read(path: str) -> Iterator[Task]:
-            return read_tasks([path], on_bad=partial(self.note_bad, path) if wanted.skip_bad_lines else None)
-
-        return islice(chain.from_iterable(read(path) for path in wanted.data), wanted.limit)
-
-    def note_bad(self, path: str, number: int, text: str, why: str) -> None:
-        """Remember an unreadable line of a file (`jsonl.BadLine`)."""
-        self.bad[path, number, text[:1000], why] = None
+        return islice(self.bad.tasks(), self.settings.label.limit)
 
     def check_input(self) -> None:
         """Refuse an input without a task, whose output would be an empty file."""

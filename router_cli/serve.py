@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from router_cli import fallback
 from router_cli.backends import Backend, make_backend
-from router_cli.backends.device import hand_back
+from router_cli.backends.device import hand_back, keep_few_kernels
 from router_cli.errors import RouterError, UsageError
 from router_cli.fallback import Fallback, make_fallback
 from router_cli.infer import predict
@@ -63,6 +63,7 @@ def serve(settings: Settings, progress: Progress = SILENT, confirm: Confirm | No
     falls_back = fallback.check(settings)
     if falls_back and settings.infer.backend == "heuristic":
         raise UsageError("--backend heuristic gives no probability to be compared: leave --fallback off")
+    keep_few_kernels()
     # The address is taken before a model is loaded for minutes, but nobody can connect until it is.
     with _bound(settings) as listening, ExitStack() as stack:
         unsure = None

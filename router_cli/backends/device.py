@@ -5,6 +5,7 @@ One machine with AMX did bf16 products nine times faster than fp32, one Zen 3 di
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from functools import cache
@@ -39,6 +40,18 @@ def _seconds(dtype: Any, repeats: int = 3) -> float:
         left @ right
         best = min(best, time.perf_counter() - started)
     return best
+
+
+KERNELS = 256
+"""Compiled products that a server keeps: at 0.6 MB each, oneDNN's own 1,024 fill slowly to 600 MB."""
+
+
+def keep_few_kernels() -> None:
+    """Let oneDNN keep `KERNELS` compiled products, unless the environment says how many; before it is first used.
+
+    It compiles one for every shape, and batches of all sizes and lengths bring thousands.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
 
 
 def hand_back() -> None:

@@ -9,15 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from router_cli.badlines import BadLines
 from router_cli.errors import OutputError
-from router_cli.jsonl import alone, dumps, replacing, write_rows, writing
+from router_cli.jsonl import alone, dumps, replacing, writing
 from router_cli.labelling.estimate import Estimate
 from router_cli.labelling.worklist import UNPAID
 from router_cli.schema import Usage
 from router_cli.teachers import total
-
-BadLine = tuple[str, int, str, str]
-"""File, line number, text and reason of an input line that was skipped."""
 
 
 @dataclass
@@ -76,12 +74,12 @@ class LabelResult:
 
 
 class LabelFile:
-    """The label file `output` with its rejected file, its bad lines and its journal."""
+    """The label file `output` with its rejected file and its journal."""
 
     def __init__(self, output: str) -> None:
         self.output = Path(output)
-        self.rejected, self.journal, self.bad_lines = (
-            self.output.with_name(f"{self.output.name}.{kind}.jsonl") for kind in ("rejected", "journal", "bad-lines")
+        self.rejected, self.journal = (
+            self.output.with_name(f"{self.output.name}.{kind}.jsonl") for kind in ("rejected", "journal")
         )
 
     def check(self) -> None:
@@ -101,7 +99,7 @@ class LabelFile:
         taken = f"{self.output}: another `router label` is writing it; choose another --output"
         return alone(self.output, self.output.with_name(f".{self.output.name}.lock"), taken)
 
-    def write(self, rows: Iterable[tuple[dict[str, Any], bool]], bad: Iterable[BadLine]) -> Counts:
+    def write(self, rows: Iterable[tuple[dict[str, Any], bool]], bad: BadLines) -> Counts:
         """Replace output and rejected file by `rows` (`Worklist.rows`), each as a whole, and count."""
         counts = Counts()
         with replacing(self.output) as good, replacing(self.rejected) as refused:
@@ -120,8 +118,5 @@ class LabelFile:
         with writing(self.rejected):
             if not counts.rejected:
                 self.rejected.unlink()
-            self.bad_lines.unlink(missing_ok=True)
-        names = ("file", "line", "text", "reason")
-        if lines := [dict(zip(names, line, strict=True)) for line in bad]:
-            write_rows(self.bad_lines, lines)
+        bad.record(self.output)
         return counts

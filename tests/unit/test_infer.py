@@ -107,6 +107,22 @@ def test_bad_lines_stop_or_are_recorded(adapter: Path, tmp_path: Path) -> None:
     assert infer(settings(adapter=adapter, data=data, output=output, skip_bad_lines=True)).skipped == 1
     [row] = map(json.loads, (tmp_path / "predictions.jsonl.bad-lines.jsonl").read_text().splitlines())
     assert (row["file"], row["line"], row["text"]) == (str(data), 2, '{"id": ')
+    data.write_text('{"id": "a", "task": "Sort."}\n{"id": "c", "task": "Merge."}\n')
+    assert infer(settings(adapter=adapter, data=data, output=output, skip_bad_lines=True)).resumed == 2
+    assert not (tmp_path / "predictions.jsonl.bad-lines.jsonl").exists(), "what it says is mended"
+
+
+def test_two_commands_do_not_write_one_file(adapter: Path, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    output = tmp_path / "out" / "predictions.jsonl"
+    output.parent.mkdir()
+    with (
+        FileLock(output.with_name(".predictions.jsonl.lock")),
+        pytest.raises(OutputError, match="predictions.jsonl: another `router infer` is writing it"),
+    ):
+        infer(settings(adapter=adapter, output=output), "Sort.")
+    assert infer(settings(adapter=adapter, output=output), "Sort.").decided == 1
 
 
 def test_a_base_without_adapter_decides_for_the_roles_of_the_settings(tiny_folder: Tiny) -> None:
