@@ -111,15 +111,20 @@ def infer(
     """Decide for one task, for a file of them, or for a folder of files."""
     from router_cli import bulk
     from router_cli.infer import infer
-    from router_cli.summaries.infer import decided, sharded
+    from router_cli.summaries.infer import decided, sharded, unsure
 
     settings, task = _piped(call.settings, task)
     if bulk.wanted(settings):
         shards = bulk.infer_shards(settings, task, call.console)
         call.console.result(*sharded(shards))
         return 3 if shards.skipped else 0
-    result = infer(settings, task, call.console, call.console.confirm)
-    call.console.result(*decided(result, task is not None))
+    rows = task is None and settings.infer.output is None and not call.console.as_json
+    result = infer(settings, task, call.console, call.console.confirm, call.console.row if rows else None)
+    if rows:
+        for line in unsure(result):
+            call.console.notice(line)
+    else:
+        call.console.result(*decided(result, task is not None))
     return 3 if result.skipped else 0
 
 

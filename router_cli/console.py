@@ -66,9 +66,16 @@ class Console:
             with _printing():
                 self._out.print(shown, markup=False)
         elif document is not None:
-            text = json.dumps(_plain(document), ensure_ascii=False, indent=2)
-            # A Windows code page, or half of an emoji: what the stream cannot take is written as \uXXXX.
-            self.raw(text if _takes(sys.stdout.encoding, text) else json.dumps(_plain(document), indent=2))
+            self._document(document, indent=2)
+
+    def row(self, document: BaseModel) -> None:
+        """Put one row of a result that comes bit by bit on stdout, as one line of JSON. Raises what `raw` does."""
+        self._document(document, indent=None)
+
+    def _document(self, document: BaseModel | dict[str, Any], indent: int | None) -> None:
+        text = json.dumps(_plain(document), ensure_ascii=False, indent=indent)
+        # A Windows code page, or half of an emoji: what the stream cannot take is written as \uXXXX.
+        self.raw(text if _takes(sys.stdout.encoding, text) else json.dumps(_plain(document), indent=indent))
 
     def raw(self, text: str) -> None:
         """Put a line on stdout as it is. Raises OutputError where it takes none, BrokenPipeError where nobody reads."""
@@ -111,6 +118,8 @@ class Console:
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[beside]}", markup=False),
                 console=self._err,
+                # Rows go to a pipe or file as they are; on a terminal they go above the bars.
+                redirect_stdout=self._out.is_terminal,
             )
             self._live.start()
         return self._live

@@ -214,8 +214,9 @@ def build(settings: Settings, space: DecisionSpace) -> Dataset:
     """Read `train.data` and make the training and validation examples that `settings.train` describes.
 
     Rows keep the split they bring; the others are split by task, stratified by topology, by `validation_share` and
-    `seed`, whatever order they come in. Rows of the test split, and texts that are theirs or nearly theirs, are never
-    trained on. Raises InputError for unusable rows (unless `drop_no_output`), TrainingError where nothing is left.
+    `seed`, whatever order they come in. Rows of the test split and their very texts are never trained on, nor are texts
+    that are nearly theirs, unless those bring a split of their own: that is warned about. Raises InputError for
+    unusable rows (unless `drop_no_output`), TrainingError where nothing is left.
     """
     wanted = settings.train
     rows = dropped = 0

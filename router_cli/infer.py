@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -45,11 +45,16 @@ class InferResult:
 
 
 def infer(
-    settings: Settings, text: str | None = None, progress: Progress = SILENT, confirm: Confirm | None = None
+    settings: Settings,
+    text: str | None = None,
+    progress: Progress = SILENT,
+    confirm: Confirm | None = None,
+    take: Callable[[Prediction], None] | None = None,
 ) -> InferResult:
     """Decide for one `text`, or for the tasks of `infer.data`, into `infer.output` if there is one.
 
-    A file is continued where an earlier call stopped. `confirm` is asked before a dear fallback. Raises UsageError
+    A file is continued where an earlier call stopped. Rows that go to no file are given to `take`, each as soon as it
+    is decided, or else kept in the result. `confirm` is asked before a dear fallback. Raises UsageError
     where there is nothing to decide, ModelError for the model, InputError and OutputError for the files, TeacherError
     (BudgetReached where the money is spent) for a fallback that does not answer: the rows before stand.
     """
@@ -66,9 +71,13 @@ def infer(
         raise InputError(f"{', '.join(settings.infer.data)}: holds no task of the {settings.infer.split} split")
     tasks = islice(chain(first, tasks), settings.infer.limit)
     if settings.infer.output is None:
-        return _infer(settings, text, tasks, first, None, skipped, progress, confirm)
+        found: list[Prediction] = []
+        result = _infer(settings, text, tasks, first, None, [], skipped, progress, confirm, take or found.append)
+        return replace(result, predictions=found)
     with _held(Path(settings.infer.output)) as output:
-        return _infer(settings, text, tasks, first, output, skipped, progress, confirm)
+        standing = _continued(output, settings)
+        with Appender(output) as writer:
+            return _infer(settings, text, tasks, first, output, standing, skipped, progress, confirm, writer.append)
 
 
 def _infer(
@@ -77,13 +86,17 @@ def _infer(
     tasks: Iterator[Task],
     first: list[Task],
     output: Path | None,
+    standing: list[str],
     skipped: BadLines,
     progress: Progress,
     confirm: Confirm | None,
+    take: Callable[[Prediction], None],
 ) -> InferResult:
-    """Decide for `tasks`, which begin with `first`, going on from what stands in `output`."""
+    """Decide for `tasks`, which begin with `first`, going on behind the rows `standing` (task ids) in `output`.
+
+    `take` gets each row.
+    """
     falls_back = fallback.check(settings)
-    standing = _continued(output, settings) if output else []
     for number, (known, task) in enumerate(zip(standing, tasks, strict=False), start=1):
         if known != task.id:
             raise OutputError(
@@ -91,7 +104,6 @@ def _infer(
                 "choose another --output or delete it"
             )
     todo, done = tasks, len(standing)
-    found: list[Prediction] = []
     fallbacks = decided = 0
     backend: Backend | None = None
     unsure: fallback.Fallback | None = None
@@ -100,33 +112,25 @@ def _infer(
         return islice(_tasks(settings, text, skipped), done, settings.infer.limit)
 
     with progress.bar("infer", 1 if text is not None else None, done) as bar, ExitStack() as stack:
-        writer = Appender(output) if output else None
-        try:
-            while batch := list(islice(todo, settings.infer.batch_size * WINDOW)):
-                if falls_back and unsure is None:
-                    counted = None if "-" in settings.infer.data else rest
-                    unsure = fallback.make_fallback(settings, first, counted, progress, confirm)
-                    stack.enter_context(unsure)
-                if backend is None:
-                    backend = make_backend(settings, progress)
-                    stack.callback(backend.close)
-                for row in decisions(backend, unsure, batch):
-                    if writer:
-                        writer.append(row)
-                    else:
-                        found.append(row)
-                    decided += 1
-                    fallbacks += row.fallback is not None
-                bar.advance(len(batch))
-        finally:
-            if writer:
-                writer.close()
+        while batch := list(islice(todo, settings.infer.batch_size * WINDOW)):
+            if falls_back and unsure is None:
+                counted = None if "-" in settings.infer.data else rest
+                unsure = fallback.make_fallback(settings, first, counted, progress, confirm)
+                stack.enter_context(unsure)
+            if backend is None:
+                backend = make_backend(settings, progress)
+                stack.callback(backend.close)
+            for row in decisions(backend, unsure, batch):
+                take(row)
+                decided += 1
+                fallbacks += row.fallback is not None
+            bar.advance(len(batch))
     if output:
         skipped.record(output)
     else:
         for line in skipped:
             progress.warn(line)
-    result = InferResult(output, found, decided, done, len(skipped), fallbacks)
+    result = InferResult(output, [], decided, done, len(skipped), fallbacks)
     if unsure is None:
         return result
     return replace(result, threshold=unsure.threshold, unsure=dict(unsure.counts), usage=unsure.usage)
@@ -179,6 +183,9 @@ def identity(settings: Settings) -> dict[str, object]:
     trained = file_sha256(adapter / META) if adapter and (adapter / META).is_file() else None
     if settings.infer.fallback == "teacher":
         chosen["teacher"] = settings.label.model_dump(mode="json", include=_OF_THE_TEACHER)
+    if settings.infer.backend == "remote" or settings.infer.fallback == "teacher":
+        # Of another server, a model of the same name is another one. The address can hold a password.
+        chosen["server"] = (settings.endpoint.base_url or "").rpartition("@")[2]
     if settings.infer.backend == "local":
         chosen["dtype"] = settings.models.dtype  # other types give other probabilities
     return {**chosen, "decision": settings.decision.model_dump(mode="json"), "adapter's training": trained}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from router_cli import models
-from router_cli.backends.device import best_device, fast_dtype
+from router_cli.backends.device import available_memory, best_device, fast_dtype
 from router_cli.sections import SMALL_MODEL
 from router_cli.settings import Settings
 
@@ -82,9 +82,9 @@ def memory() -> list[Finding]:
     """Memory and cores."""
     import psutil
 
-    memory = psutil.virtual_memory()
-    words = f"{memory.total / GB:.0f} GB, {memory.available / GB:.0f} GB of it free; {os.cpu_count()} CPU cores"
-    if memory.available < RAM_GB * GB:
+    total, free = psutil.virtual_memory().total, available_memory()
+    words = f"{total / GB:.0f} GB, {free / GB:.0f} GB of it free; {os.cpu_count()} CPU cores"
+    if free < RAM_GB * GB:
         return [Finding("memory", "note", words, f"training even {SMALL_MODEL} takes {RAM_GB} GB: close something")]
     return [Finding("memory", "fine", words)]
 

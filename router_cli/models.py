@@ -88,6 +88,36 @@ def resolve(name: str, settings: Settings, progress: Progress = SILENT) -> BaseM
     return _from_cache(name, settings) or _from_hub(name, settings, progress)
 
 
+def hub_id(base: BaseModel) -> str | None:
+    """Where the base is on the Hub; None for a folder or file of the user's own.
+
+    A package's model is named by what it was made of: its weights were rounded to fewer bits on the way.
+    """
+    if base.source not in ("cache", "hub", "package"):
+        return None
+    return ALIASES[base.name].hub_id if base.name in ALIASES else base.name
+
+
+_SAMPLES, _SAMPLE = 16, 1 << 16
+"""How many places of a file of weights are read to know it again, and how many bytes at each."""
+
+
+def content(base: BaseModel) -> str:
+    """What tells a base's weights from others of the same name: SHA-256 of its configuration and of parts of each file.
+
+    Parts, because whole files take minutes; training changes weights everywhere.
+    """
+    found = hashlib.sha256((base.folder / "config.json").read_bytes())
+    for file in sorted(base.folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        found.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            for part in range(_SAMPLES):
+                stream.seek(max(0, (size - _SAMPLE) * part // (_SAMPLES - 1)))
+                found.update(stream.read(_SAMPLE))
+    return found.hexdigest()
+
+
 def at_hand(name: str, settings: Settings) -> BaseModel | None:
     """The base model `name` if this machine has it already: no network is asked, nothing is converted.
 

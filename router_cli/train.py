@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,20 +23,21 @@ from typing import Any
 
 from router_cli import __version__, dataset, models, prompts, ranks
 from router_cli.backends import space_from
-from router_cli.backends.device import best_device, fast_dtype
+from router_cli.backends.device import best_device, fast_dtype, out_of_memory
 from router_cli.backends.library import quiet
 from router_cli.backends.local import META, load, serving_dtype
 from router_cli.errors import TrainingError, UsageError
 from router_cli.footprint.forecast import Footprint, Forecast, NoForecast
-from router_cli.jsonl import write_json, writing
+from router_cli.jsonl import alone, read_json, write_json
 from router_cli.models import file_sha256
 from router_cli.progress import SILENT, Progress
 from router_cli.settings import Settings
 from router_cli.space import DecisionSpace
+from router_cli.tasks import locate
 from router_cli.training import export, lessons, qlora
 from router_cli.training.calibrate import calibrated
 from router_cli.training.card import write_card
-from router_cli.training.checkpoints import Run
+from router_cli.training.checkpoints import Run, saving
 from router_cli.training.recipe import weighed
 from router_cli.training.watch import terminable
 
@@ -108,14 +110,26 @@ def train(settings: Settings, progress: Progress = SILENT) -> TrainResult:
         base = models.resolve(options.model, settings, progress)
     export.check(base, options.export)
     if done:
+        run.compare_base(done["base_model"].get("content"), models.content(base), base.name)
         progress.notice(f"{options.output_dir} already holds this very adapter; nothing to do")
         made = _exported(settings, progress)
         return replace(_result(done["metrics"], options.output_dir, base, already_done=True), exported=made)
     ranks.wait()  # until all have seen that nothing is finished here
-    with ranks.first_goes_ahead():
-        run.begin()
-    result = _fit(settings, space, data, base, run, progress, forecast)
-    return replace(result, exported=_exported(settings, progress))
+    with _held(options.output_dir):
+        with ranks.first_goes_ahead():
+            run.begin()
+            found = models.content(base)
+            run.compare_base(run.pinned("base", lambda: found), found, base.name)
+        result = _fit(settings, space, data, base, run, progress, forecast)
+        return replace(result, exported=_exported(settings, progress))
+
+
+def _held(folder: Path) -> AbstractContextManager[None]:
+    """Hold the folder against another `router train`, whose checkpoints this one would clear away as unfinished."""
+    if not ranks.first():
+        return nullcontext()
+    taken = f"{folder}: another `router train` is writing it; choose another --output-dir"
+    return alone(folder, folder.with_name(f".{folder.name}.lock"), taken)
 
 
 def estimate(settings: Settings, progress: Progress = SILENT) -> Footprint:
@@ -170,7 +184,7 @@ _NEUTRAL |= {"batch_size", "grad_accum"}
 def _fingerprint(settings: Settings, space: DecisionSpace) -> dict[str, Any]:
     """Everything that makes two runs the same: settings, the bytes of the data, the prompt."""
     chosen = settings.train.model_dump(mode="json", exclude=_NEUTRAL)
-    hashes = [file_sha256(Path(path)) for path in settings.train.data]
+    hashes = [sha for _, sha in _hashes(settings)]
     return {
         **{f"train.{key}": value for key, value in chosen.items()},
         "train.batch_size x grad_accum": settings.train.batch_size * settings.train.grad_accum,
@@ -182,6 +196,11 @@ def _fingerprint(settings: Settings, space: DecisionSpace) -> dict[str, Any]:
         "models.dtype": settings.models.dtype,
         **({"processes": ranks.count()} if ranks.count() > 1 else {}),
     }
+
+
+def _hashes(settings: Settings) -> list[tuple[str, str]]:
+    """Each data file, as it was named, with its SHA-256."""
+    return [(path, file_sha256(Path(locate(path)))) for path in settings.train.data]
 
 
 def _result(metrics: dict[str, Any], adapter: Path, base: models.BaseModel, already_done: bool) -> TrainResult:
@@ -205,7 +224,7 @@ def _fit(
     with ranks.first_goes_ahead():
         # Which type is fast is measured: a busy machine could say otherwise when the run goes on.
         settings = settings.with_values(models__dtype=run.pinned("dtype", lambda: _name(serving_dtype(settings))))
-    model, tokenizer = _load(settings, base, progress)
+    model, tokenizer = _load(settings, base, run, progress)
     lessons.check_model(model, tokenizer, space, base.name, progress)
     rows = lessons.encode(data.train, space, tokenizer, options.max_length, progress, options.augment, options.seed)
     if options.objective == "solve":
@@ -213,8 +232,11 @@ def _fit(
         rows += lessons.verdicts(data.train, rows[: len(data.train)], space, tokenizer)
     try:
         fitted = trainer.fit(model, tokenizer, space, rows, data.validation, settings, run, progress)
-    except trainer.OutOfRoom as error:
-        raise TrainingError(f"{error}; {forecast.advice() if forecast else FOR_LESS}") from None
+    except (trainer.OutOfRoom, RuntimeError, MemoryError) as error:
+        if not isinstance(error, trainer.OutOfRoom) and not out_of_memory(error):
+            raise
+        what = str(error) if isinstance(error, trainer.OutOfRoom) else "out of memory beside the training steps"
+        raise TrainingError(f"{what}; {forecast.advice() if forecast else FOR_LESS}") from None
     metrics = {
         "steps": fitted.steps,
         "seconds": round(time.perf_counter() - started, 1),
@@ -232,29 +254,45 @@ def _fit(
     return _result(metrics, options.output_dir, base, already_done=False)
 
 
-def _load(settings: Settings, base: models.BaseModel, progress: Progress) -> tuple[Any, Any]:
-    """The base model in the type and quantisation that the settings ask for and the machine can give."""
+def _load(settings: Settings, base: models.BaseModel, run: Run, progress: Progress) -> tuple[Any, Any]:
+    """The base model in the type and quantisation that this run was begun in."""
     import torch
 
-    train, options, device = settings.train, dict[str, Any](), best_device()
-    if train.bf16 or train.fp16:
-        name = "bf16" if train.bf16 else "fp16"
-        options["dtype"] = torch.bfloat16 if train.bf16 else torch.float16
-        if device == "cpu" and (train.fp16 or fast_dtype("cpu") == "float32"):
-            # The old guide's command lines say --bf16 for GPUs; on such a CPU it would cost up to ten times the time.
-            progress.warn(f"--{name} is slow on this CPU: training in float32 instead")
-            options["dtype"] = torch.float32
-    if train.use_4bit:
+    device, options = best_device(), dict[str, Any]()
+    with ranks.first_goes_ahead():
+        # A busy machine measures otherwise, and one with less free memory: a run goes on in what it was begun in.
+        found = run.pinned("precision", lambda: _precision(settings, base, device, progress))
+    if found["dtype"]:
+        options["dtype"] = getattr(torch, found["dtype"])
+    if found["four_bit"]:
         computed = options.get("dtype") or serving_dtype(settings)
-        if quantised := qlora.configuration(base, device, computed, progress):
-            place = torch.cuda.current_device() if device == "cuda" else "cpu"
-            options |= {"quantization_config": quantised, "dtype": computed, "device_map": {"": place}}
-    elif ranks.sharded():
+        place = torch.cuda.current_device() if device == "cuda" else "cpu"
+        quantised = qlora.configuration(computed)
+        options |= {"quantization_config": quantised, "dtype": computed, "device_map": {"": place}}
+    elif ranks.sharded() and not settings.train.use_4bit:
         options["device_map"] = None  # no GPU takes the whole model: its parts are dealt out from the CPU
     model, tokenizer = load(base, settings, **options)
     if "quantization_config" in options:
-        model = qlora.prepared(model, train.gradient_checkpointing)
+        model = qlora.prepared(model, settings.train.gradient_checkpointing)
     return model, tokenizer
+
+
+def _precision(settings: Settings, base: models.BaseModel, device: str, progress: Progress) -> dict[str, Any]:
+    """The number type, None for the one that serves, and whether the base is quantised: as asked, or as can be."""
+    train, dtype = settings.train, None
+    if train.bf16 or train.fp16:
+        name, dtype = ("bf16", "bfloat16") if train.bf16 else ("fp16", "float16")
+        if device == "cpu" and (train.fp16 or fast_dtype("cpu") == "float32"):
+            # The old guide's command lines say --bf16 for GPUs; on such a CPU it would cost up to ten times the time.
+            progress.warn(f"--{name} is slow on this CPU: training in float32 instead")
+            dtype = "float32"
+    computed = dtype or _name(serving_dtype(settings))
+    import torch
+
+    four_bit = train.use_4bit and qlora.wanted(base, device, getattr(torch, computed), progress)
+    if computed == "float16" and str(read_json(base.folder / "config.json").get("model_type")).startswith("qwen"):
+        progress.warn("float16 is too narrow for some of Qwen's activations: watch the loss, or train where bf16 is")
+    return {"dtype": dtype, "four_bit": four_bit}
 
 
 def _name(dtype: Any) -> str:
@@ -274,23 +312,29 @@ def _write(
 ) -> None:
     """Write the finished adapter's folder, the description last."""
     folder = settings.train.output_dir
-    with writing(folder), quiet():
+    with saving(folder), quiet():
         fitted.model.save_pretrained(folder, **({} if fitted.weights is None else {"state_dict": fitted.weights}))
         tokenizer.save_pretrained(folder)
+    # What PEFT looks for where nobody names a base. Told before, it would ask the Hub about it while it saves.
+    revision = base.revision if base.source in ("cache", "hub") else None
+    known = {"base_model_name_or_path": models.hub_id(base) or _portable(base), "revision": revision}
+    write_json(folder / "adapter_config.json", {**read_json(folder / "adapter_config.json"), **known})
     calibration, solving = calibrated(settings, space, data.validation, base, fitted.model, tokenizer, progress)
     meta = {
         "router": __version__,
         "base_model": {
             "name": base.name,
             "folder_or_id": _portable(base),
+            "hub_id": models.hub_id(base),
             "source": base.source,
             "revision": base.revision,
+            "content": models.content(base),
         },
         "prompt_version": prompts.PROMPT_VERSION,
         "roles": list(space.roles),
         "topologies": list(space.topologies),
         "step_bound": space.step_bound,
-        "data": [{"file": path, "sha256": file_sha256(Path(path))} for path in settings.train.data],
+        "data": [{"file": path, "sha256": sha} for path, sha in _hashes(settings)],
         "split": {
             "train": [example.task_id for example in data.train],
             "validation": [example.task_id for example in data.validation],

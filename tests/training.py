@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from router_cli.settings import Settings, load
+from router_cli.training.checkpoints import Run
 
 ROLES = "planner,builder,tester,refractor"
 
@@ -43,6 +44,13 @@ def label_rows(count: int = 16, held_out: int = 4) -> list[dict[str, Any]]:
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def begun(folder: Path) -> Run:
+    """A run that has just begun, below `folder`."""
+    run = Run(folder / "begun", {})
+    run.begin()
+    return run
 
 
 def train_settings(data: Path | str, model: Path | str, output: Path, **values: Any) -> Settings:

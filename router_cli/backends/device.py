@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 ROWS_AT_ONCE = 8
@@ -74,6 +75,44 @@ def _malloc_trim() -> Any:
         return ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError):  # another C library
         return None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a GPU or a CPU."""
+    import torch
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, Exception) and should_reduce_batch_size(error)
+    )
+
+
+def give_back() -> None:
+    """Return what nobody holds any more to the device."""
+    from accelerate.utils.memory import clear_device_cache
+
+    clear_device_cache(garbage_collection=True)
+
+
+def available_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of main memory that this process can still take, in a container by the limit that `groups` states.
+
+    What a group's files hold in the page cache is counted as used there, but given up where it is wanted.
+    """
+    import psutil
+
+    free: int = psutil.virtual_memory().available
+    second, first = ("memory.max", "memory.current", "memory.stat", "inactive_file"), groups / "memory"
+    older = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file")
+    for folder, (most, used, stat, cached) in ((groups, second), (first, older)):
+        try:
+            limit, taken = (folder / most).read_text().strip(), int((folder / used).read_text())
+            counts = dict(line.split() for line in (folder / stat).read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if limit.isdigit():  # or "max"
+            free = min(free, int(limit) - taken + int(counts.get(cached, 0)))
+    return max(0, free)
 
 
 def best_device() -> str:

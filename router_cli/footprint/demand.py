@@ -6,11 +6,10 @@ import importlib.util
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from router_cli import prompts, ranks
-from router_cli.backends.device import ROWS_AT_ONCE, best_device, fast_dtype
+from router_cli.backends.device import ROWS_AT_ONCE, available_memory, best_device, fast_dtype
 from router_cli.footprint import dryrun
 from router_cli.footprint.dryrun import Setup
 from router_cli.footprint.shapes import Shape
@@ -272,9 +271,5 @@ def free_memory(device: str) -> int:
 
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() + CUDA_CONTEXT)
-    available: float = psutil.virtual_memory().available
-    # A container's own limit, which the machine's figure does not know.
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
-        available = min(available, int(text) - int(used.read_text()))
-    return int(available + psutil.Process().memory_info().rss)
+    mine: int = psutil.Process().memory_info().rss
+    return available_memory() + mine

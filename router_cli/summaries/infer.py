@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def decided(result: InferResult, one: bool) -> Shown:
-    """`one` task as a small table, a file as a line about it, standard output as JSON lines, one line too."""
+    """`one` task as a small table, a file as a line about it; under --json all rows, one too."""
     if result.output is not None:
         lines = [f"{result.decided} decisions added to {result.output} ({result.resumed} from before)"]
         if result.fallbacks:
@@ -30,7 +29,7 @@ def decided(result: InferResult, one: bool) -> Shown:
     rows = [row.model_dump(mode="json") for row in result.predictions]
     if one:
         return decision_table(result.predictions[0]), rows[0]
-    return Text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows)), {"predictions": rows}
+    return Text(""), {"predictions": rows}
 
 
 def sharded(result: BulkResult) -> Shown:

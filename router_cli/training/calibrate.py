@@ -9,8 +9,10 @@ from router_cli import models, ranks
 from router_cli.backends.activated import activated
 from router_cli.backends.adapters import adapted
 from router_cli.backends.decoding import Decoder
+from router_cli.backends.device import out_of_memory
 from router_cli.backends.local import load, serving_dtype
 from router_cli.backends.packed import packed
+from router_cli.errors import ModelError
 from router_cli.progress import Progress
 from router_cli.schema import Example
 from router_cli.scoring.calibration import Calibration, fit
@@ -34,7 +36,6 @@ def calibrated(
     validation tasks (with runs) or the memory for it.
     """
     import numpy as np
-    import torch
 
     if not validation or min(len(space.topologies), len(space.roles)) < 2:  # one role alone cannot form a team
         return None, None
@@ -50,7 +51,9 @@ def calibrated(
             shares = decoder.distributions(encoded)
             chances = decoder.solving(encoded) if settings.train.objective == "solve" else []
             bar.advance(len(encoded))
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError, ModelError) as error:
+        if not out_of_memory(error.__context__ or error):
+            raise
         progress.warn("no calibration: there is no memory left to load the base as `router infer` does")
         return None, None
     names, dtype = space.topologies, str(served.dtype).removeprefix("torch.")

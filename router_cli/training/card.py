@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from router_cli.backends.local import META
-from router_cli.jsonl import replacing
+from router_cli.jsonl import replacing, writing
 from router_cli.training.watch import SCORE
 
 CURVES = "curves.png"
@@ -27,8 +27,10 @@ def write_card(folder: Path, meta: dict[str, Any], log: Sequence[dict[str, Any]]
     right = {"training": points("topology_accuracy"), "validation macro-F1": points(SCORE)}
     losses = {"answer": points("loss"), "topology": points("topology_loss")}
     beside = folder / f".{CURVES}"
-    beside.write_bytes(curves({"loss": losses, "topology": right}, across="step"))
-    beside.replace(folder / CURVES)
+    picture = curves({"loss": losses, "topology": right}, across="step")
+    with writing(folder / CURVES):
+        beside.write_bytes(picture)
+        beside.replace(folder / CURVES)
     with replacing(folder / "README.md") as file:
         file.write(_card(meta))
 
@@ -38,7 +40,7 @@ def _card(meta: dict[str, Any]) -> str:
     score = metrics["validation_macro_f1"]
     held_out = "no validation rows" if score is None else f"topology macro-F1 {score:.3f} on the validation split"
     return f"""---
-base_model: {meta["base_model"]["name"]}
+base_model: {meta["base_model"]["hub_id"] or meta["base_model"]["name"]}
 library_name: peft
 tags: [router, lora, trl]
 ---

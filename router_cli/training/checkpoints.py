@@ -61,6 +61,14 @@ class Run:
             words = "another data file" if changed == ["data"] else f"other {', '.join(changed)}{one}"
             raise TrainingError(f"{self.folder}: {what} {words}; choose another --output-dir or delete the folder")
 
+    def compare_base(self, theirs: str | None, mine: str, name: str) -> None:
+        """Raises TrainingError where this run began on other weights (`models.content`) than `name` has now."""
+        if theirs not in (None, mine):
+            raise TrainingError(
+                f"{self.folder}: was trained on other weights than {name} has now; "
+                "choose another --output-dir or delete the folder"
+            )
+
     def pinned(self, name: str, value: Callable[[], Any]) -> Any:
         """What this run found out when it began (`value`, as JSON), whatever the machine would say now."""
         file = self.checkpoints / f"{name}.json"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from router_cli.backends.device import ROWS_AT_ONCE
+from router_cli.backends.device import ROWS_AT_ONCE, available_memory
 from router_cli.backends.library import filling
 
 MEMORY_SHARE = 0.25
@@ -86,10 +86,8 @@ class FrozenLayers:
     @staticmethod
     def fits(model: Any, rows: Sequence[Sequence[int]]) -> bool:
         """Whether the states of all rows fit beside the model."""
-        import psutil
-
         size = sum(len(row) for row in rows) * model.config.hidden_size * model.dtype.itemsize
-        return bool(size < MEMORY_SHARE * psutil.virtual_memory().available)
+        return bool(size < MEMORY_SHARE * available_memory())
 
     def compute(self, rows: Sequence[Sequence[int]], each: Callable[[int], None]) -> None:
         """Run the frozen layers over every row once; `each` is told how many rows are done since its last call."""

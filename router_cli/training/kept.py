@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from router_cli.backends.activated import Activated
-from router_cli.backends.device import ROWS_AT_ONCE
+from router_cli.backends.device import ROWS_AT_ONCE, available_memory
 from router_cli.backends.library import filling
 from router_cli.training.frozen import aside, upper_cache
 
@@ -31,8 +31,6 @@ class Prompts:
 
     def fits(self, rows: Sequence[Sequence[int]]) -> bool:
         """Whether what `compute` keeps of these rows fits beside the model."""
-        import psutil
-
         base = self._adapter.base
         config = base.config.get_text_config(decoder=True)
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -41,7 +39,7 @@ class Prompts:
         if self._first:
             states = sum(len(row) - len(self._prompt(row)) for row in rows)
             tokens += states * config.hidden_size * base.dtype.itemsize // token
-        return bool(tokens * token < MEMORY_SHARE * psutil.virtual_memory().available)
+        return bool(tokens * token < MEMORY_SHARE * available_memory())
 
     def compute(self, rows: Sequence[Sequence[int]], each: Callable[[int], None]) -> None:
         """Keep what never changes of whole rows; `each` is told how many rows are done since its last call."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+from router_cli.backends.device import available_memory
 from router_cli.jsonl import read_json
 from router_cli.models import BaseModel
 from router_cli.progress import Progress
@@ -19,27 +20,28 @@ ROOM = 0.8
 """The share of a CPU's free memory that a base may take in its own number type before it is quantised."""
 
 
-def configuration(base: BaseModel, device: str, dtype: Any, progress: Progress) -> Any:
-    """The BitsAndBytesConfig to load `base` with on `device`, computing in the torch type `dtype`.
+def wanted(base: BaseModel, device: str, dtype: Any, progress: Progress) -> bool:
+    """Whether `base`, asked for in 4 bits, is loaded so on `device`, to be computed in the torch type `dtype`.
 
-    None, with a warning, where plain LoRA serves better: without bitsandbytes, and on a CPU that has the memory (NF4 is
+    Not, with a warning, where plain LoRA serves better: without bitsandbytes, and on a CPU that has the memory (NF4 is
     unpacked for every product there: many times slower).
     """
-    import torch
-
     if importlib.util.find_spec("bitsandbytes") is None or device == "mps":
         progress.warn("--use-4bit needs bitsandbytes and a CUDA GPU: going on with plain LoRA")
-        return None
+        return False
     if device == "cpu":
         needed = _bytes(base, dtype)
         if fits(needed):
             progress.warn("--use-4bit is slow on a CPU, and the base fits as it is: going on with plain LoRA")
-            return None
+            return False
         progress.warn(
             f"--use-4bit on a CPU is slow, but {base.name} takes {needed / 1e9:.1f} GB otherwise: more than is free"
         )
-    if dtype == torch.float16 and str(read_json(base.folder / "config.json").get("model_type")).startswith("qwen"):
-        progress.warn("float16 is too narrow for some of Qwen's activations: watch the loss, or train where bf16 is")
+    return True
+
+
+def configuration(dtype: Any) -> Any:
+    """The BitsAndBytesConfig to load a base with, computing in the torch type `dtype`."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -49,9 +51,7 @@ def configuration(base: BaseModel, device: str, dtype: Any, progress: Progress) 
 
 def fits(needed: float) -> bool:
     """Whether a CPU's free memory takes a base of so many bytes without quantisation."""
-    import psutil
-
-    return bool(needed < ROOM * psutil.virtual_memory().available)
+    return bool(needed < ROOM * available_memory())
 
 
 def _bytes(base: BaseModel, dtype: Any) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 from router_cli import prompts, ranks
 from router_cli.backends.activated import activated
-from router_cli.backends.device import best_device
+from router_cli.backends.device import best_device, give_back, out_of_memory
 from router_cli.backends.lean import lean
 from router_cli.backends.library import quiet
 from router_cli.errors import OutputError, TrainingError
@@ -82,7 +82,7 @@ def fit(
             if size == 1 or several:  # the other processes have not run out, and wait in the middle of a step
                 raise
         # Outside the handler: until here the exception keeps the step's tensors alive.
-        _give_back()
+        give_back()
         smaller = max(part for part in range(1, size) if size % part == 0)
         product = size * settings.train.grad_accum
         write_json(run.checkpoints / MICRO_BATCH, {"batch_size": smaller})
@@ -100,23 +100,6 @@ def _within_memory(settings: Settings, run: Run) -> Settings:
     if size == options.batch_size or product % size:
         return settings
     return settings.with_values(train__batch_size=size, train__grad_accum=product // size)
-
-
-def _no_room(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a GPU or a CPU."""
-    import torch
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, Exception) and should_reduce_batch_size(error)
-    )
-
-
-def _give_back() -> None:
-    """Return what nobody holds any more to the device."""
-    from accelerate.utils.memory import clear_device_cache
-
-    clear_device_cache(garbage_collection=True)
 
 
 def _attempt(
@@ -139,7 +122,8 @@ def _attempt(
     if ranks.sharded() and validation:
         progress.notice("no process holds the whole model: nothing is validated between epochs, the last one is kept")
     # How sure a router is of solving is measured once, at the end: the last epoch is kept.
-    held_out = HeldOut(tokenizer, space, () if ranks.sharded() or options.objective == "solve" else validation)
+    looked_at = () if ranks.sharded() or options.objective == "solve" else validation
+    held_out = HeldOut(tokenizer, space, looked_at, options.max_length)
     # Older versions of TRL draw the adapter's first weights before they set the seed.
     set_seed(options.seed)
     with quiet():
@@ -177,7 +161,7 @@ def _attempt(
         except OSError as error:
             raise OutputError(f"{run.checkpoints}: cannot be written: {reason(error)}") from None
         except RuntimeError as error:
-            if not _no_room(error):
+            if not out_of_memory(error):
                 raise
             short = True
     if short:

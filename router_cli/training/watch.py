@@ -13,6 +13,7 @@ from typing import Any
 
 from router_cli import ranks
 from router_cli.backends.decoding import Decoder
+from router_cli.backends.device import give_back, out_of_memory
 from router_cli.jsonl import read_json, write_json
 from router_cli.progress import Bar, Progress
 from router_cli.schema import Example
@@ -59,11 +60,16 @@ def rising(log: Sequence[dict[str, Any]]) -> str:
     return f"the loss rises: {means[best]:.3f} in the mean over {size * spacing} steps at its best, {means[-1]:.3f} now"
 
 
-class HeldOut:
-    """The validation tasks, decided by the decoder that serves."""
+DECIDED = 32
+"""Validation tasks that are decided at once, at first."""
 
-    def __init__(self, tokenizer: Any, space: DecisionSpace, examples: Sequence[Example]) -> None:
+
+class HeldOut:
+    """The validation tasks, decided by the decoder that serves, asked in at most `max_length` tokens."""
+
+    def __init__(self, tokenizer: Any, space: DecisionSpace, examples: Sequence[Example], max_length: int) -> None:
         self._tokenizer, self._space, self._examples = tokenizer, space, examples
+        self._max_length, self._rows = max_length, DECIDED
 
     def score(self, model: Any) -> float | None:
         """Macro-F1 of the topology over the validation tasks; None where there are none."""
@@ -71,14 +77,25 @@ class HeldOut:
 
         if not self._examples:
             return None
-        decoder, names = Decoder(model, self._tokenizer, self._space), self._space.topologies
+        names = self._space.topologies
         # Each of several processes decides its share.
-        mine = self._examples[ranks.rank() :: ranks.count()]
-        shares = ranks.gathered(decoder.topologies([decoder.prompt(example.text) for example in mine]))
+        shares = ranks.gathered(self._decided(model, self._examples[ranks.rank() :: ranks.count()]))
         found = [shares[i % len(shares)][i // len(shares)] for i in range(len(self._examples))]
         gold = np.array([names.index(example.decision.topology) for example in self._examples])
         predicted = np.array([names.index(name) for name in found])
         return float(metrics.macro_f1(gold, predicted, len(names)))
+
+    def _decided(self, model: Any, examples: Sequence[Example]) -> list[str]:
+        """The topology of each, as many at once as memory holds beside the training."""
+        while True:
+            decoder = Decoder(model, self._tokenizer, self._space, self._rows, max_length=self._max_length)
+            try:
+                return decoder.topologies([decoder.prompt(example.text) for example in examples])
+            except (RuntimeError, MemoryError) as error:
+                if self._rows == 1 or not out_of_memory(error):
+                    raise
+            self._rows //= 2
+            give_back()
 
 
 @contextmanager
@@ -175,10 +192,12 @@ def make_watch(held_out: HeldOut, run: Run, options: TrainSettings, progress: Pr
             # The mean over all steps comes at the end, and shows what no step's log did.
             if logs and (found := logs.get("loss", logs.get("train_loss"))) is not None:
                 self._said = self.figures.words(logs, state.epoch or 0.0) if self.figures else ""
-                if not math.isfinite(found):
+                if self.failure:
+                    pass  # the last log comes after what stopped the training
+                elif not math.isfinite(found):
                     self.failure = (
-                        f"the loss is {found} at step {state.global_step}: lower --lr, or drop --fp16 for --bf16; "
-                        "the checkpoints before it are kept"
+                        f"the loss is {found} at step {state.global_step}: lower --lr, or drop --fp16 for --bf16, "
+                        "with another --output-dir; the checkpoints before it are kept"
                     )
                 elif risen := rising(state.log_history):
                     self.failure = (
@@ -189,6 +208,15 @@ def make_watch(held_out: HeldOut, run: Run, options: TrainSettings, progress: Pr
                     control.should_training_stop, control.should_save = True, False
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trained = (part for part in kwargs["model"].parameters() if part.requires_grad)
+            # Between two logs of the loss weights can be lost to NaN: no run must ever go on from them.
+            if ranks.anywhere(not all(bool(part.isfinite().all()) for part in trained)):
+                self.failure = self.failure or (
+                    f"the adapter's weights are no numbers any more at step {state.global_step}: lower --lr, or drop "
+                    "--fp16 for --bf16, with another --output-dir; the checkpoints before it are kept"
+                )
+                control.should_training_stop = True
+                return
             ranks.wait()  # every process has put its own state of chance into the checkpoint
             if ranks.first():
                 run.mark(state.global_step, options.save_total_limit)
@@ -215,9 +243,14 @@ def make_watch(held_out: HeldOut, run: Run, options: TrainSettings, progress: Pr
                 self._enter()
             if score is None:
                 return
+            import numpy as np
+
             state.log_history.append({"step": state.global_step, "epoch": state.epoch, SCORE: score})
             when = f"step {state.global_step}" if options.eval_steps else f"epoch {state.epoch:.0f}"
-            progress.notice(f"{when}: topology macro-F1 {score:.3f} on the validation tasks")
+            learnt = [entry["topology_accuracy"] for entry in state.log_history if "topology_accuracy" in entry]
+            # The newest half of the lessons: a log alone is a handful of them.
+            beside = f" (in training {np.mean(learnt[-(len(learnt) // 2) :]):.0%} right)" if len(learnt) > 1 else ""
+            progress.notice(f"{when}: topology macro-F1 {score:.3f} on the validation tasks{beside}")
             if score > self._best().get("score", -1.0):
                 self._keep(model, {"score": score, "epoch": state.epoch, "step": state.global_step})
             if stale(state.log_history, options.patience) and state.global_step < state.max_steps:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,27 @@ def test_a_reader_that_goes_away_leaves_no_traceback() -> None:
     err = process.stderr.read()
     process.stderr.close()
     assert process.wait() == 1 and err == b""
+
+
+def test_rows_go_to_standard_output_as_they_are_decided() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "router_cli", "infer", "--backend", "heuristic", "--batch-size", "1", "-"],
+        stdin=subprocess.PIPE,  # kept open: more tasks may come
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert process.stdin is not None and process.stdout is not None
+    late = threading.Timer(60, process.kill)
+    late.start()
+    process.stdin.write("Sort a list.\nReverse a string.\n")  # as many as are read at once
+    process.stdin.flush()
+    first, second = (json.loads(process.stdout.readline()) for _ in range(2))
+    assert first["decision"] and second["decision"] and first["task_id"] != second["task_id"]
+    late.cancel()
+    process.kill()
+    process.communicate()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")

@@ -119,7 +119,7 @@ def test_two_commands_do_not_write_one_file(adapter: Path, tmp_path: Path) -> No
     output.parent.mkdir()
     with (
         FileLock(output.with_name(".predictions.jsonl.lock")),
-        pytest.raises(OutputError, match="predictions.jsonl: another `router infer` is writing it"),
+        pytest.raises(OutputError, match=r"predictions\.jsonl: another `router infer` is writing it"),
     ):
         infer(settings(adapter=adapter, output=output), "Sort.")
     assert infer(settings(adapter=adapter, output=output), "Sort.").decided == 1
@@ -401,6 +401,17 @@ def test_many_tasks_are_answered_in_order(tmp_path: Path) -> None:
     assert [row.decision.topology for row in rows if row.decision] == [
         "chain" if i == 3 else "single" for i in range(10)
     ]
+
+
+def test_a_file_of_one_server_is_not_continued_by_another(tmp_path: Path) -> None:
+    values = {"data": tasks_file(tmp_path), "output": tmp_path / "p.jsonl", "model": "m", "endpoint__api_key": "k"}
+    with FakeTeacher(Reply(SINGLE)) as one, FakeTeacher(Reply(SINGLE)) as other:
+        infer(settings(backend="remote", limit=2, endpoint__base_url=one.url, **values))
+        with pytest.raises(OutputError, match=r"made with other settings \(server\)"):
+            infer(settings(backend="remote", endpoint__base_url=other.url, **values))
+        address = one.url.replace("//", "//user:hidden@")
+        assert infer(settings(backend="remote", endpoint__base_url=address, **values)).resumed == 2
+    assert "hidden" not in (tmp_path / ".p.jsonl.infer.json").read_text()
 
 
 def test_a_server_that_is_not_there_or_refuses_ends_with_one_line() -> None:

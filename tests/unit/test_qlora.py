@@ -14,10 +14,10 @@ from router_cli.backends.local import META, LocalBackend
 from router_cli.dataset import build
 from router_cli.models import BaseModel, resolve
 from router_cli.settings import load
-from router_cli.train import _load, _space, train
+from router_cli.train import _load, _precision, _space, train
 from router_cli.training import qlora, recipe
 from router_cli.training.checkpoints import Run
-from tests.training import Recorder, adapter_weights, label_rows, train_settings, write_rows
+from tests.training import Recorder, adapter_weights, begun, label_rows, train_settings, write_rows
 
 Tiny = Callable[..., Path]
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is made for Linux and Windows")
@@ -49,7 +49,7 @@ def test_the_base_is_nf4_doubly_quantised_and_the_adapter_float32(
     from bitsandbytes.nn import Linear4bit
 
     settings, said = settings_for(tmp_path, tiny_folder("qwen3", 2, 64), "a"), Recorder()
-    model, tokenizer = _load(settings, resolve(settings.train.model, settings), said)
+    model, tokenizer = _load(settings, resolve(settings.train.model, settings), begun(tmp_path), said)
     assert len(said.warnings) == 1 and "--use-4bit on a CPU is slow, but" in said.warnings[0]
     layers = {name: part for name, part in model.named_modules() if isinstance(part, Linear4bit)}
     assert len(layers) == 2 * 7 and not any("lm_head" in name for name in layers)
@@ -95,7 +95,7 @@ def test_a_quantised_base_is_saved_and_loaded_bit_for_bit(no_room: None, tiny_fo
     from transformers import AutoModelForCausalLM
 
     settings = settings_for(tmp_path, tiny_folder("qwen3", 2, 64), "a")
-    model, _ = _load(settings, resolve(settings.train.model, settings), Recorder())
+    model, _ = _load(settings, resolve(settings.train.model, settings), begun(tmp_path), Recorder())
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map={"": "cpu"})
     kept, found = dict(model.named_parameters()), dict(again.named_parameters())
@@ -111,22 +111,19 @@ def test_a_cpu_that_has_the_memory_trains_the_plain_base_and_says_so(tiny_folder
     import torch
 
     base, said = BaseModel("x", tiny_folder("qwen3"), "folder"), Recorder()
-    assert qlora.configuration(base, "cpu", torch.float32, said) is None
+    assert not qlora.wanted(base, "cpu", torch.float32, said)
     assert said.warnings == ["--use-4bit is slow on a CPU, and the base fits as it is: going on with plain LoRA"]
 
 
 @pytest.mark.parametrize(
-    ("style", "dtype", "warned"), [("qwen3", "float16", 1), ("qwen3", "bfloat16", 0), ("llama3", "float16", 0)]
+    ("style", "given", "warned"), [("qwen3", "fp16", 1), ("qwen3", "bf16", 0), ("llama3", "fp16", 0)]
 )
-def test_qwen_in_float16_is_warned_about(
-    style: str, dtype: str, warned: int, tiny_folder: Tiny, tmp_path: Path
-) -> None:
-    import torch
-
-    said = Recorder()
-    base = BaseModel("x", tiny_folder(style), "folder")
-    found = qlora.configuration(base, "cuda", getattr(torch, dtype), said)
-    assert found.bnb_4bit_compute_dtype == getattr(torch, dtype) and len(said.warnings) == warned
+def test_qwen_in_float16_is_warned_about(style: str, given: str, warned: int, tiny_folder: Tiny) -> None:
+    said, base = Recorder(), BaseModel("x", tiny_folder(style), "folder")
+    settings = train_settings("none", base.folder, Path("none"), **{given: True})
+    found = _precision(settings, base, "cuda", said)
+    assert found == {"dtype": {"fp16": "float16", "bf16": "bfloat16"}[given], "four_bit": False}
+    assert len(said.warnings) == warned
     assert all("too narrow for some of Qwen's activations" in text for text in said.warnings)
 
 
@@ -137,7 +134,7 @@ def test_float16_keeps_norms_and_embeddings_in_float32(no_room: None, tiny_folde
     kinds = {}
     for dtype in ("float16", "bfloat16"):
         base, kind = BaseModel("x", tiny_folder("qwen3", 2, 64), "folder"), getattr(torch, dtype)
-        chosen = qlora.configuration(base, "cpu", kind, Recorder())
+        chosen = qlora.configuration(kind)
         model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=kind, quantization_config=chosen)
         model = qlora.prepared(model, checkpointing=False)
         kinds[dtype] = {part.dtype for part in model.parameters() if part.dtype != torch.uint8}

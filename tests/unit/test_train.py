@@ -33,7 +33,7 @@ from router_cli.training.checkpoints import Run
 from router_cli.training.lessons import encode
 from router_cli.training.watch import rising, stale
 from tests.tiny import STYLES, Style
-from tests.training import Recorder, adapter_weights, equal, label_rows, train_settings, write_rows
+from tests.training import Recorder, adapter_weights, begun, equal, label_rows, train_settings, write_rows
 
 Tiny = Callable[..., Path]
 
@@ -211,7 +211,7 @@ def made(settings: Settings, said: Recorder | None = None) -> Any:
     said = said or Recorder()
     space = _space(settings)
     data = build(settings, space)
-    model, tokenizer = _load(settings, resolve(settings.train.model, settings), said)
+    model, tokenizer = _load(settings, resolve(settings.train.model, settings), begun(settings.train.output_dir), said)
     wanted = settings.train
     rows = encode(data.train, space, tokenizer, wanted.max_length, said, wanted.augment, wanted.seed)
     layers = list(range(model.config.num_hidden_layers))
@@ -645,7 +645,7 @@ def test_a_loss_that_is_no_number_between_two_logs_stops_too(tiny_folder: Tiny, 
     data = write_rows(tmp_path / "data.jsonl", label_rows(16, 0))
     settings = train_settings(data, tiny_folder("smollm"), tmp_path / "a", logging_steps=100, validation_share=0)
     space = _space(settings)
-    model, tokenizer = _load(settings, resolve(settings.train.model, settings), Recorder())
+    model, tokenizer = _load(settings, resolve(settings.train.model, settings), begun(tmp_path), Recorder())
     models = [model]
     rows = encode(build(settings, space).train, space, tokenizer, 2048, Recorder())
     fitting = Run(tmp_path / "a", {})
@@ -686,7 +686,7 @@ def test_a_rising_loss_stops_with_advice_and_its_weights_are_not_saved(tiny_fold
     settings = train_settings(data, tiny_folder("smollm"), tmp_path / "a", epochs=20, validation_share=0, lr=1e-4)
     settings = settings.with_values(train__save_steps=1)
     space = _space(settings)
-    model, tokenizer = _load(settings, resolve(settings.train.model, settings), Recorder())
+    model, tokenizer = _load(settings, resolve(settings.train.model, settings), begun(tmp_path), Recorder())
     rows = encode(build(settings, space).train, space, tokenizer, 2048, Recorder())
     fitting = Run(tmp_path / "a", {})
     fitting.begin()

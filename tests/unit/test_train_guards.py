@@ -1,0 +1,245 @@
+"""What a training run holds on to whatever the machine, the data or a second command does meanwhile."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from router_cli import models
+from router_cli import train as training
+from router_cli.backends.device import available_memory
+from router_cli.backends.local import META
+from router_cli.dataset import build
+from router_cli.errors import OutputError, TrainingError
+from router_cli.models import BaseModel
+from router_cli.train import TrainResult, _load, _space, train
+from router_cli.training import qlora, watch
+from router_cli.training.checkpoints import Run
+from tests.training import Recorder, begun, label_rows, train_settings, write_rows
+
+Tiny = Callable[..., Path]
+
+
+def settings_for(tmp_path: Path, base: Path, **values: Any) -> Any:
+    data = write_rows(tmp_path / "data.jsonl", label_rows(8, 4))
+    return train_settings(data, base, tmp_path / "a", **values)
+
+
+def test_the_projects_own_tasks_train_by_their_name(tiny_folder: Tiny, tmp_path: Path) -> None:
+    settings = train_settings("rubric", tiny_folder("smollm"), tmp_path / "a", max_samples=4, validation_share=0)
+    result: TrainResult = train(settings)
+    assert result.steps == 1
+    [data] = json.loads((tmp_path / "a" / META).read_text())["data"]
+    assert data["file"] == "rubric" and len(data["sha256"]) == 64
+
+
+def test_two_runs_do_not_share_a_folder(tiny_folder: Tiny, tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, tiny_folder("smollm"))
+    with FileLock(tmp_path / ".a.lock"), pytest.raises(OutputError, match=r"a: another `router train` is writing it"):
+        train(settings)
+    assert train(settings).steps == 2
+
+
+def other_weights(folder: Path, to: Path) -> Path:
+    """A base of the same shape whose weights were trained a little further."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, to)
+    weights = load_file(to / "model.safetensors")
+    save_file({name: one * 1.001 for name, one in weights.items()}, to / "model.safetensors", {"format": "pt"})
+    return to
+
+
+def test_weights_that_were_replaced_are_another_base(tiny_folder: Tiny, tmp_path: Path) -> None:
+    def kill(step: int) -> None:
+        if step == 3:
+            raise ZeroDivisionError  # as good as a kill: nothing is put away
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder("smollm"), base)
+    settings = settings_for(tmp_path, base, epochs=2, save_steps=1)
+    with pytest.raises(ZeroDivisionError):
+        train(settings, Recorder(kill))
+    kept = other_weights(base, tmp_path / "kept")
+    base.rename(tmp_path / "first")
+    kept.rename(base)
+    with pytest.raises(TrainingError, match=r"a: was trained on other weights than .*base has now"):
+        train(settings)
+    base.rename(kept)
+    (tmp_path / "first").rename(base)
+    assert train(settings).steps == 4
+    shutil.rmtree(base)
+    kept.rename(base)
+    with pytest.raises(TrainingError, match="was trained on other weights"):
+        train(settings)
+
+
+def test_content_tells_weights_apart_wherever_they_lie(tiny_folder: Tiny, tmp_path: Path) -> None:
+    one = BaseModel("x", tiny_folder("smollm"), "folder")
+    shutil.copytree(one.folder, tmp_path / "copy")
+    copy = BaseModel("y", tmp_path / "copy", "folder")
+    assert models.content(one) == models.content(copy)
+    other = BaseModel("x", other_weights(one.folder, tmp_path / "other"), "folder")
+    assert models.content(one) != models.content(other)
+
+
+def test_an_adapter_names_its_base_where_others_find_it(tiny_folder: Tiny, tmp_path: Path) -> None:
+    folder = tiny_folder("smollm")
+    assert models.hub_id(BaseModel("smollm2-135m", folder, "package")) == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert models.hub_id(BaseModel("Qwen/Qwen3-8B", folder, "cache", "abc")) == "Qwen/Qwen3-8B"
+    assert models.hub_id(BaseModel("./base", folder, "folder")) is None
+    settings = settings_for(tmp_path, folder)
+    said = Recorder()
+    space = _space(settings)
+    run = begun(tmp_path)
+    base = BaseModel("Qwen/Qwen3-8B", folder, "cache", "abc")
+    training._fit(settings, space, build(settings, space), base, run, said, None)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("Qwen/Qwen3-8B", "abc")
+    assert "base_model: Qwen/Qwen3-8B\n" in (tmp_path / "a" / "README.md").read_text()
+
+
+def test_a_run_goes_on_in_the_precision_it_was_begun_in(
+    tiny_folder: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this is about CPUs")
+    settings = settings_for(tmp_path, tiny_folder("smollm"), bf16=True, use_4bit=True)
+    base, run = models.resolve(settings.train.model, settings), begun(tmp_path)
+    monkeypatch.setattr(training, "fast_dtype", lambda device: "float32")
+    assert _load(settings, base, run, Recorder())[0].dtype == torch.float32
+    # Meanwhile the machine has become quiet, and its memory full.
+    monkeypatch.setattr(training, "fast_dtype", lambda device: "bfloat16")
+    monkeypatch.setattr(qlora, "ROOM", 0.0)
+    model = _load(settings, base, run, Recorder())[0]
+    assert model.dtype == torch.float32 and not qlora.is_quantised(model)
+
+
+def test_weights_that_are_no_numbers_are_never_gone_on_from(
+    tiny_folder: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from transformers import Trainer
+
+    ordinary = Trainer.training_step
+    steps: list[int] = []
+
+    def poisoned(self: Any, model: Any, *args: Any, **given: Any) -> Any:
+        loss = ordinary(self, model, *args, **given)
+        steps.append(1)
+        if len(steps) == 6:  # the third step's second micro-batch; the next log comes after ten
+            next(part for part in model.parameters() if part.requires_grad).grad.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(Trainer, "training_step", poisoned)
+    settings = settings_for(tmp_path, tiny_folder("smollm"), epochs=4, save_steps=2, logging_steps=10)
+    settings = settings.with_values(train__validation_share=0)
+    with pytest.raises(TrainingError, match=r"no numbers any more at step 4: lower --lr.*another --output-dir"):
+        train(settings)
+    newest = Run(tmp_path / "a", {}).newest()
+    assert newest is not None and newest.name == "checkpoint-2"
+    assert torch.load(newest / "optimizer.pt", weights_only=True)
+
+
+def test_held_out_tasks_are_asked_as_long_as_served_ones_and_fewer_at_once_where_memory_is_short(
+    tiny_folder: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    made: list[tuple[int, int | None]] = []
+
+    class Short(watch.Decoder):
+        """A decoder on a machine that takes no more than two tasks at once."""
+
+        def __init__(self, model: Any, tokenizer: Any, space: Any, rows: int, max_length: int | None = None) -> None:
+            super().__init__(model, tokenizer, space, rows, max_length=max_length)
+            made.append((rows, max_length))
+
+        def topologies(self, encoded: Any) -> list[str]:
+            if self._batch_size > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return super().topologies(encoded)
+
+    monkeypatch.setattr(watch, "Decoder", Short)
+    said = Recorder()
+    result = train(settings_for(tmp_path, tiny_folder("smollm"), max_length=300, epochs=2), said)
+    assert result.validation_macro_f1 is not None
+    # Found out once: the next look begins where this one ended.
+    assert made == [(32, 300), (16, 300), (8, 300), (4, 300), (2, 300), (2, 300)]
+    assert not any("batch-size" in text for text in said.warnings)
+    [first, _] = [text for text in said.notices if "on the validation tasks" in text]
+    assert first.endswith("% right)") and "(in training " in first
+
+
+def test_memory_that_runs_out_beside_the_steps_is_one_line(
+    tiny_folder: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from router_cli.training import frozen
+
+    def none(*args: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:75] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr(frozen.FrozenLayers, "compute", none)
+    settings = settings_for(tmp_path, tiny_folder("smollm"), lora_last_layers=1)
+    with pytest.raises(TrainingError, match="out of memory beside the training steps; what helps: "):
+        train(settings)
+
+
+def test_a_full_disk_at_the_end_is_one_line_and_costs_no_training(
+    tiny_folder: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+
+    @contextmanager
+    def full() -> Any:
+        import peft
+
+        def save(self: Any, folder: Any, **given: Any) -> None:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(peft.PeftModel, "save_pretrained", save)
+            yield
+
+    settings = settings_for(tmp_path, tiny_folder("smollm"), save_steps=1, validation_share=0)
+    plain = training._write
+
+    def write(*args: Any) -> None:
+        with full():
+            plain(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_write", write)
+        with pytest.raises(OutputError, match="a: cannot be written: I/O error: No space left on device"):
+            train(settings)
+    said = Recorder()
+    assert train(settings, said).steps == 2 and "continuing from step 2" in said.notices
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_memory_is_what_the_container_leaves_and_its_page_cache_is_free(older: bool, tmp_path: Path) -> None:
+    most, used, cached = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        if older
+        else ("memory.max", "memory.current", "inactive_file")
+    )
+    folder = tmp_path / "memory" if older else tmp_path
+    folder.mkdir(exist_ok=True)
+    assert available_memory(tmp_path) > 50_000_000  # no limit
+    (folder / most).write_text("100000000\n")
+    (folder / used).write_text("90000000\n")
+    (folder / "memory.stat").write_text(f"anon 1\n{cached} 30000000\n")
+    assert available_memory(tmp_path) == 40_000_000
+    (folder / used).write_text("200000000\n")
+    assert available_memory(tmp_path) == 0
+    (folder / most).write_text("max\n")
+    assert available_memory(tmp_path) > 50_000_000
