@@ -239,7 +239,7 @@ def _fit(
         raise TrainingError(f"{what}; {forecast.advice() if forecast else FOR_LESS}") from None
     metrics = {
         "steps": fitted.steps,
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds": round(fitted.earlier + time.perf_counter() - started, 1),
         "train_examples": len(data.train),
         "validation_examples": len(data.validation),
         "first_loss": fitted.losses[0] if fitted.losses else None,

@@ -58,7 +58,7 @@ class Run:
             one = (
                 f" ({theirs.get(changed[0])!r}, now {self.fingerprint.get(changed[0])!r})" if len(changed) == 1 else ""
             )
-            words = "another data file" if changed == ["data"] else f"other {', '.join(changed)}{one}"
+            words = _data(theirs, self.fingerprint) if changed == ["data"] else f"other {', '.join(changed)}{one}"
             raise TrainingError(f"{self.folder}: {what} {words}; choose another --output-dir or delete the folder")
 
     def compare_base(self, theirs: str | None, mine: str, name: str) -> None:
@@ -107,18 +107,35 @@ class Run:
             shutil.rmtree(folder, ignore_errors=True)
             raise
 
-    def mark(self, step: int, keep: int) -> None:
-        """Declare the checkpoint of `step` complete, and only then drop all but the newest `keep`."""
+    def mark(self, step: int, keep: int, seconds: float = 0.0) -> None:
+        """Declare the checkpoint of `step` complete, and only then drop all but the newest `keep`.
+
+        `seconds` is how long the run has trained until here.
+        """
         whole = self.checkpoints / f"checkpoint-{step}"
         sizes = {str(file.relative_to(whole)): file.stat().st_size for file in whole.rglob("*") if file.is_file()}
-        write_json(whole / MARK, {"step": step, "files": sizes})
+        write_json(whole / MARK, {"step": step, "seconds": round(seconds, 1), "files": sizes})
         for folder in sorted(self.checkpoints.glob("checkpoint-*"), key=_step)[:-keep]:
             (folder / MARK).unlink(missing_ok=True)  # a kill must not leave a marked one with half its files
             shutil.rmtree(folder, ignore_errors=True)
 
+    def seconds(self, checkpoint: Path) -> float:
+        """How long the run had trained when it wrote this checkpoint."""
+        return float(read_json(checkpoint / MARK).get("seconds", 0.0))
+
     def clean(self) -> None:
         """Drop the checkpoints of a finished run."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+
+def _data(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
+    """In words, which of several data files is another one."""
+    before, now = theirs.get("data") or [], mine.get("data") or []
+    if max(len(before), len(now)) < 2:
+        return "another data file"
+    if len(before) != len(now):
+        return f"{len(before)} data files, now {len(now)}"
+    return f"another data file (number {next(i for i, one in enumerate(now) if one != before[i]) + 1} of --data)"
 
 
 @contextmanager

@@ -9,16 +9,24 @@ from router_cli import ranks
 
 
 class Figures:
-    """The figures of one run. `tokens` is what one epoch holds, `price` US dollars for an hour of one GPU."""
+    """The figures of one run. `tokens` is what one epoch holds, `price` US dollars for an hour of one GPU.
 
-    def __init__(self, tokens: int, price: float | None) -> None:
-        self._tokens, self._price = tokens, price
+    `earlier` seconds had been trained before the run broke off.
+    """
+
+    def __init__(self, tokens: int, price: float | None, earlier: float = 0.0) -> None:
+        self._tokens, self._price, self._earlier = tokens, price, earlier
         self._started, self._epoch = time.monotonic(), 0.0
         self._logged: dict[str, float] = {}
 
     def begin(self, epoch: float) -> None:
         """Start the clock at `epoch`, where the run begins or goes on."""
         self._started, self._epoch = time.monotonic(), epoch
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, those before an interruption too."""
+        return self._earlier + time.monotonic() - self._started
 
     def words(self, logs: dict[str, float], epoch: float) -> str:
         """The newest figures, parted by commas; what `logs` lacks stays as it was."""
@@ -33,7 +41,7 @@ class Figures:
         parts.append(f"{self._tokens * (epoch - self._epoch) / spent:.0f} tokens/s")
         parts.append(f"{_memory() / 1e9:.1f} GB")
         if self._price is not None:
-            parts.append(f"${self._price * ranks.count() * spent / 3600:.2f}")
+            parts.append(f"${self._price * ranks.count() * self.seconds / 3600:.2f}")
         return ", ".join(parts)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from router_cli import ranks
@@ -75,7 +76,8 @@ def trainer_class() -> Any:
             **kwargs: Any,
         ) -> None:
             super().__init__(*args, **kwargs)
-            self._choice, self._topology_weight, self._own_loss = choice, topology_weight, own_loss
+            self._choice, self._topology_weight = choice, topology_weight
+            self._own_loss = own_loss or self.args.device.type == "cpu"
             self._lengths, self._class_weights, self._run = lengths, class_weights, run
             self._verdict = verdict
             self.prompts: Prompts | None = None
@@ -90,8 +92,9 @@ def trainer_class() -> Any:
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
             # TRL's own loss is the fast one on a GPU, but it knows no choices.
-            if return_outputs or (self.args.device.type != "cpu" and not self._own_loss):
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if return_outputs or not self._own_loss:
+                with self._choices_measured(model, inputs):
+                    return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             with self.accelerator.autocast():
                 if ranks.count() == 1:
                     return self._loss(model, inputs, num_items_in_batch)
@@ -112,7 +115,6 @@ def trainer_class() -> Any:
             logits = base.get_output_embeddings()(states[scored]).float()
             targets = labels[scored]
             each = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-            self._total_train_tokens += int(inputs["attention_mask"].sum())
             # The count is that of all processes, whose gradients are averaged.
             total = scored.sum() if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
             if self._choice is None or not self._choice[1]:
@@ -142,9 +144,29 @@ def trainer_class() -> Any:
             right = (targets[places][:, None] == among).int().argmax(1)
             each = torch.nn.functional.cross_entropy(logits[places][:, among], right, reduction="none")
             found = logits[places][:, among].argmax(1) == right
-            self._metrics["train"][f"{name}_loss"].append(each.mean().item())
-            self._metrics["train"][f"{name}_accuracy"].append(found.float().mean().item())
+            # They stay on the device until they are logged: nothing waits for them.
+            self._metrics["train"][f"{name}_loss"].append(each.detach().mean())
+            self._metrics["train"][f"{name}_accuracy"].append(found.float().mean())
             return each, right
+
+        @contextmanager
+        def _choices_measured(self, model: Any, inputs: Any) -> Iterator[None]:
+            """While a loss of TRL's is computed: log the topology's choice apart, from the states that it makes."""
+            if self._choice is None or not self._choice[1] or ranks.sharded():
+                yield
+                return
+            base, (offset, choices), caught = self.accelerator.unwrap_model(model), self._choice, list[Any]()
+            base = base.get_base_model() if hasattr(base, "get_base_model") else base
+            hook = base.get_decoder().register_forward_hook(lambda part, given, made: caught.append(made[0].detach()))
+            try:
+                yield
+            finally:
+                hook.remove()
+            with torch.no_grad(), self.accelerator.autocast():
+                rows = torch.arange(len(inputs["labels"]), device=inputs["labels"].device)
+                places = (inputs["labels"] != IGNORED).int().argmax(1) + offset
+                logits = base.get_output_embeddings()(caught[0][rows, places - 1]).float()
+                self._among(logits, inputs["labels"][rows, places], rows, choices, "topology")
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             with self._run.saving(self.state.global_step):
@@ -153,7 +175,7 @@ def trainer_class() -> Any:
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             for name in ("topology_loss", "topology_accuracy", "solved_loss", "solved_accuracy"):
                 if found := self._metrics["train"].get(name):
-                    found[:] = ranks.gathered(sum(found) / len(found))
+                    found[:] = ranks.gathered(float(sum(found) / len(found)))
             super().log(logs, start_time)
 
     return RouterTrainer

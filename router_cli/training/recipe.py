@@ -54,7 +54,7 @@ def make_trainer(
         targets = sorted(
             {name.rpartition(".")[2] for name, part in model.get_decoder().named_modules() if _is_linear(part)}
         )
-    elif unknown := [name for name in targets if not any(part.endswith(name) for part, _ in model.named_modules())]:
+    elif unknown := [name for name in targets if not _has(model, name)]:
         raise TrainingError(f"--target-modules: the model has no module named {', '.join(unknown)}")
     config = LoraConfig(
         r=options.lora_r,
@@ -141,6 +141,11 @@ def make_trainer(
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     return trainer
+
+
+def _has(model: Any, name: str) -> bool:
+    """Whether PEFT finds modules by this name: whole parts of theirs, from the end."""
+    return any(f".{part}".endswith(f".{name}") for part, _ in model.named_modules())
 
 
 def weighed(options: TrainSettings) -> bool:

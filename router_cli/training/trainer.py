@@ -41,7 +41,8 @@ class OutOfRoom(Exception):
 class Fitted:
     """A trained model and how it got there. `log` has a dict for every logged step or evaluation.
 
-    `weights` are gathered from all processes where each holds a part of the model alone.
+    `weights` are gathered from all processes where each holds a part of the model alone. `earlier` seconds had been
+    trained before the run broke off.
     """
 
     model: Any
@@ -50,6 +51,7 @@ class Fitted:
     best_score: float | None
     best_epoch: float | None
     weights: dict[str, Any] | None = None
+    earlier: float = 0.0
 
     @property
     def losses(self) -> list[float]:
@@ -134,13 +136,14 @@ def _attempt(
         trainer.add_callback(watch)
         if options.report_to == "tensorboard" and ranks.first():
             trainer.add_callback(_event_files(options.output_dir))
-    watch.figures = Figures(sum(map(len, trainer.train_dataset["input_ids"])), options.price_per_hour)
     resume = ranks.shared(run.newest(progress) if ranks.first() else None)
+    earlier = run.seconds(resume) if resume else 0.0
+    watch.figures = Figures(sum(map(len, trainer.train_dataset["input_ids"])), options.price_per_hour, earlier)
     if resume is not None:
         progress.notice(f"continuing from step {resume.name.rpartition('-')[2]}")
         state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
         if stale(state.log_history, options.patience):  # it had stopped early, and broke off after that
-            return _fitted(trainer, state, watch)
+            return _fitted(trainer, state, watch, earlier)
     if adapter := activated(trainer.model):
         trainer.prompts = Prompts(adapter, trainer.shared, tokenizer.pad_token_id, layers[0])
         if _computed(trainer.prompts, rows, progress):
@@ -171,10 +174,10 @@ def _attempt(
         raise TrainingError(watch.failure)
     if watch.interrupted:
         raise KeyboardInterrupt
-    return _fitted(trainer, trainer.state, watch)
+    return _fitted(trainer, trainer.state, watch, earlier)
 
 
-def _fitted(trainer: Any, state: Any, watch: Any) -> Fitted:
+def _fitted(trainer: Any, state: Any, watch: Any, earlier: float) -> Fitted:
     best = watch.load_best(trainer.model)
     return Fitted(
         trainer.model,
@@ -183,6 +186,7 @@ def _fitted(trainer: Any, state: Any, watch: Any) -> Fitted:
         best.get("score"),
         best.get("epoch"),
         trainer.accelerator.get_state_dict(trainer.model_wrapped) if ranks.sharded() else None,
+        earlier,
     )
 
 

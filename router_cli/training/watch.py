@@ -219,7 +219,7 @@ def make_watch(held_out: HeldOut, run: Run, options: TrainSettings, progress: Pr
                 return
             ranks.wait()  # every process has put its own state of chance into the checkpoint
             if ranks.first():
-                run.mark(state.global_step, options.save_total_limit)
+                run.mark(state.global_step, options.save_total_limit, self.figures.seconds if self.figures else 0.0)
 
         def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             if options.eval_steps and state.global_step < state.max_steps:

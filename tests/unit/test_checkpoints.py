@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +89,7 @@ def test_what_a_run_found_out_when_it_began_stays(run: Run) -> None:
 @pytest.fixture
 def disk() -> Iterator[Callable[[int], None]]:
     """`disk(size)`: from then on the system refuses to write behind `size` bytes of any file, as a full disk does."""
+    resource = pytest.importorskip("resource", reason="Windows has no limits of this kind")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size if size else before[0], before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)

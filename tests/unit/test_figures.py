@@ -37,3 +37,11 @@ def test_several_processes_cost_several_times(monkeypatch: pytest.MonkeyPatch) -
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 10)
     assert at.words({}, 1.0).endswith("$80.00")
+
+
+def test_what_was_trained_before_an_interruption_is_paid_for_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    at = Figures(tokens=10, price=3600.0, earlier=50.0)
+    at.begin(0.0)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 10)
+    assert at.words({}, 1.0).endswith("$60.00") and at.seconds == pytest.approx(60, abs=0.1)

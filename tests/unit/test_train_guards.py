@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from router_cli import train as training
 from router_cli.backends.device import available_memory
 from router_cli.backends.local import META
 from router_cli.dataset import build
-from router_cli.errors import OutputError, TrainingError
+from router_cli.errors import OutputError, TrainingError, UsageError
 from router_cli.models import BaseModel
 from router_cli.train import TrainResult, _load, _space, train
 from router_cli.training import qlora, watch
@@ -243,3 +244,76 @@ def test_memory_is_what_the_container_leaves_and_its_page_cache_is_free(older: b
     assert available_memory(tmp_path) == 0
     (folder / most).write_text("max\n")
     assert available_memory(tmp_path) > 50_000_000
+
+
+@pytest.mark.parametrize("style", ["smollm", "qwen3"])
+def test_the_topology_is_measured_beside_trls_own_loss_too(style: str, tiny_folder: Tiny, tmp_path: Path) -> None:
+    """As on a GPU, where the plain recipe takes TRL's loss."""
+    from router_cli.training import lessons, recipe
+
+    settings = settings_for(tmp_path, tiny_folder(style), batch_size=4)
+    space, run = _space(settings), begun(tmp_path)
+    model, tokenizer = _load(settings, models.resolve(settings.train.model, settings), run, Recorder())
+    rows = lessons.encode(build(settings, space).train, space, tokenizer, 2048, Recorder())
+    loop = recipe.make_trainer(model, tokenizer, space, rows, list(range(4)), settings, run)
+    loop.model.train()
+    loop.current_gradient_accumulation_steps = 1
+    found = {}
+    for own in (True, False):
+        loop._own_loss = own
+        for name in ("topology_loss", "topology_accuracy"):
+            loop._metrics["train"].pop(name, None)
+        for batch in loop.get_train_dataloader():
+            batch.pop("position_ids", None)
+            loop.compute_loss(loop.model, batch)
+        found[own] = [
+            [float(one) for one in loop._metrics["train"][f"topology_{kind}"]] for kind in ("loss", "accuracy")
+        ]
+        assert all(not one.requires_grad for one in loop._metrics["train"]["topology_loss"])
+    assert found[False][0] == pytest.approx(found[True][0], abs=1e-4) and found[False][1] == found[True][1]
+    assert len(found[True][0]) == 2
+
+
+def test_a_tracker_gets_the_log_and_a_missing_one_is_named_first(tiny_folder: Tiny, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(settings_for(tmp_path, tiny_folder("smollm"), report_to="tensorboard"))
+    events = EventAccumulator(str(tmp_path / "a" / "runs"))
+    events.Reload()
+    logged = {entry["step"]: entry["loss"] for entry in json.loads((tmp_path / "a" / "loss.json").read_text())[:2]}
+    assert {one.step: pytest.approx(one.value) for one in events.Scalars("train/loss")} == logged
+    assert "train/topology_accuracy" in events.Tags()["scalars"]
+    if importlib.util.find_spec("trackio") is None:
+        with pytest.raises(UsageError, match="--report-to trackio needs a package: pip install trackio"):
+            train(settings_for(tmp_path, tmp_path / "no model", report_to="trackio"))
+
+
+def test_target_modules_are_whole_names(tiny_folder: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="--target-modules: the model has no module named proj"):
+        train(settings_for(tmp_path, tiny_folder("smollm"), target_modules="q_proj,proj"))
+
+
+def test_a_run_that_goes_on_counts_the_seconds_before(tiny_folder: Tiny, tmp_path: Path) -> None:
+    def kill(step: int) -> None:
+        if step == 3:
+            raise ZeroDivisionError
+
+    settings = settings_for(tmp_path, tiny_folder("smollm"), epochs=2, save_steps=2)
+    with pytest.raises(ZeroDivisionError):
+        train(settings, Recorder(kill))
+    mark = tmp_path / "a" / "checkpoints" / "checkpoint-2" / "complete.json"
+    kept = json.loads(mark.read_text())
+    assert kept["seconds"] > 0
+    mark.write_text(json.dumps({**kept, "seconds": 5000.0}))
+    assert 5000 < train(settings).seconds < 5500
+
+
+def test_of_several_data_files_the_changed_one_is_named(tiny_folder: Tiny, tmp_path: Path) -> None:
+    one, two = (write_rows(tmp_path / f"{n}.jsonl", label_rows(8, 0)[n::2]) for n in (0, 1))
+    values: dict[str, Any] = {"model": tiny_folder("smollm"), "output": tmp_path / "a", "validation_share": 0}
+    train(train_settings(f"{one},{two}", **values))
+    write_rows(two, label_rows(12, 0)[1::2])
+    with pytest.raises(TrainingError, match=r"trained with another data file \(number 2 of --data\)"):
+        train(train_settings(f"{one},{two}", **values))
+    with pytest.raises(TrainingError, match="trained with 2 data files, now 1"):
+        train(train_settings(one, **values))
