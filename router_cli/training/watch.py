@@ -140,6 +140,12 @@ def interruptible(watch: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _finite(part: Any) -> bool:
+    """Whether a parameter, if it is trained, holds numbers: of one that is dealt out, this process's share."""
+    mine = part.to_local() if hasattr(part, "to_local") else part
+    return not part.requires_grad or bool(mine.isfinite().all())
+
+
 def make_watch(held_out: HeldOut, run: Run, options: TrainSettings, progress: Progress) -> Any:
     """The callback that reports, marks checkpoints, keeps the best adapter and stops on bad news."""
     from transformers import TrainerCallback
@@ -208,9 +214,8 @@ def make_watch(held_out: HeldOut, run: Run, options: TrainSettings, progress: Pr
                     control.should_training_stop, control.should_save = True, False
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            trained = (part for part in kwargs["model"].parameters() if part.requires_grad)
             # Between two logs of the loss weights can be lost to NaN: no run must ever go on from them.
-            if ranks.anywhere(not all(bool(part.isfinite().all()) for part in trained)):
+            if ranks.anywhere(not all(map(_finite, kwargs["model"].parameters()))):
                 self.failure = self.failure or (
                     f"the adapter's weights are no numbers any more at step {state.global_step}: lower --lr, or drop "
                     "--fp16 for --bf16, with another --output-dir; the checkpoints before it are kept"
