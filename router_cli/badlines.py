@@ -15,9 +15,12 @@ KEPT = 1000
 """Characters of a line that are recorded."""
 
 
+ENDING = ".bad-lines.jsonl"
+
+
 def file_of(output: Path) -> Path:
     """Where the lines that a command passed over on its way to `output` are recorded."""
-    return output.with_name(f"{output.name}.bad-lines.jsonl")
+    return output.with_name(output.name + ENDING)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from router_cli import errors, fallback
+from router_cli.badlines import ENDING
 from router_cli.errors import InputError, OutputError, PartialError, UsageError
 from router_cli.infer import identity
 from router_cli.jsonl import alone, read_json, write_json, writing
@@ -137,7 +138,8 @@ def _shards(data: Path, progress: Progress) -> list[str]:
     """The shards' paths below `data`, in order."""
     files = [path.relative_to(data) for path in sorted(data.rglob("*")) if path.is_file()]
     seen = [path for path in files if not any(part.startswith((".", "_")) for part in path.parts)]
-    names = [str(path) for path in seen if path.name.endswith(SHARDS)]
+    # Records of passed-over lines lie beside what earlier commands wrote.
+    names = [str(path) for path in seen if path.name.endswith(SHARDS) and not path.name.endswith(ENDING)]
     if not names:
         raise InputError(f"{data}: holds no shard: expected files named *.jsonl or *.jsonl.gz")
     if len(names) < len(seen):

@@ -20,6 +20,7 @@ from router_cli.progress import SILENT, Progress
 from router_cli.schema import Prediction, Task, Usage
 from router_cli.settings import Settings
 from router_cli.tasks import stable_id
+from router_cli.teachers.endpoint import shown
 
 WINDOW = 2
 """Batches that are read at once, so that tasks of like length can share one; as many decisions a kill can cost."""
@@ -165,6 +166,7 @@ def predict(backend: Backend, tasks: list[Task]) -> list[Prediction]:
             alternatives=choice.alternatives,
             usage=choice.usage,
             solving=choice.solving,
+            decision_probability=choice.decision_probability,
         )
         for task, choice in zip(tasks, backend.decide([task.text for task in tasks]), strict=True)
     ]
@@ -184,8 +186,8 @@ def identity(settings: Settings) -> dict[str, object]:
     if settings.infer.fallback == "teacher":
         chosen["teacher"] = settings.label.model_dump(mode="json", include=_OF_THE_TEACHER)
     if settings.infer.backend == "remote" or settings.infer.fallback == "teacher":
-        # Of another server, a model of the same name is another one. The address can hold a password.
-        chosen["server"] = (settings.endpoint.base_url or "").rpartition("@")[2]
+        # Of another server, a model of the same name is another one.
+        chosen["server"] = shown(settings.endpoint.base_url or "")
     if settings.infer.backend == "local":
         chosen["dtype"] = settings.models.dtype  # other types give other probabilities
     return {**chosen, "decision": settings.decision.model_dump(mode="json"), "adapter's training": trained}

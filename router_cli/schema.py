@@ -123,11 +123,12 @@ class Alternative(Record):
     probability: float = Field(ge=0.0, le=1.0)
 
 
-_OPTIONAL = {"alternatives", "usage", "solving"}
+_OPTIONAL = {"alternatives", "usage", "solving", "decision_probability"}
 
 
 class Prediction(Record):
-    """One row of `router infer`. `probability` is that of the chosen topology.
+    """One row of `router infer`. `probability` is that of the chosen topology, `decision_probability` that of the whole
+    decision; it is there only where it is known.
 
     `fallback` names who decided in the router's place; `decision` is None where nobody did. `alternatives`, the
     likeliest first, are there only where they were asked for, and `usage` only where somebody counted it; `solving`,
@@ -145,6 +146,7 @@ class Prediction(Record):
     alternatives: tuple[Alternative, ...] | None = None
     usage: Usage | None = None
     solving: dict[str, float] | None = None
+    decision_probability: float | None = Field(default=None, ge=0.0, le=1.0)
 
     @model_serializer(mode="wrap")
     def _without_absent(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from typing import IO
 
 from router_cli import fallback
 from router_cli.backends import Backend, make_backend
+from router_cli.badlines import BadLines
 from router_cli.errors import OutputError, RouterError
 from router_cli.infer import WINDOW, decisions
 from router_cli.jsonl import dumps, read_lines, read_rows, replacing
 from router_cli.progress import SILENT, Progress
 from router_cli.schema import Prediction, Task
 from router_cli.settings import Settings
-from router_cli.tasks import read_tasks
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,14 @@ class Worker:
         self._unsure: fallback.Fallback | None = None
 
     def decide(self, name: str) -> Done:
-        """Decide a shard, or see that its predictions stand."""
+        """Decide a shard, or see that its predictions stand; the lines that were passed over are recorded beside it."""
         source, target = self._data / name, self._output / name
-        skipped: list[int] = []
+        skipped = BadLines([str(source)], self._settings.infer.skip_bad_lines)
         tasks = self._tasks(source, skipped)
         if target.exists():
-            return Done(name, stood=_stands(target, tasks), skipped=len(skipped))
+            stood = _stands(target, tasks)
+            skipped.record(target)  # once more: a kill can have come between the two
+            return Done(name, stood=stood, skipped=len(skipped))
         before = Counter(self._unsure.counts) if self._unsure else Counter[str]()
         decided = fallbacks = 0
         with _shard(target) as file:
@@ -63,6 +65,7 @@ class Worker:
                 file.write((dumps(row) + "\n").encode())
                 decided += 1
                 fallbacks += row.fallback is not None
+        skipped.record(target)
         if self._unsure is None:
             return Done(name, decided, skipped=len(skipped), fallbacks=fallbacks)
         counts = dict(self._unsure.counts - before)
@@ -80,12 +83,11 @@ class Worker:
         if self._backend is not None:
             self._backend.close()
 
-    def _tasks(self, source: Path, skipped: list[int]) -> Iterator[Task]:
-        if next(read_lines(str(source)), None) is None:
+    def _tasks(self, source: Path, skipped: BadLines) -> Iterator[Task]:
+        if _empty(source):
             return iter(())  # other programs write empty shards
-        on_bad = (lambda line, raw, why: skipped.append(line)) if self._settings.infer.skip_bad_lines else None
         wanted = self._settings.infer.split
-        return (task for task in read_tasks([str(source)], on_bad=on_bad) if wanted in ("all", task.split))
+        return (task for task in skipped.tasks() if wanted in ("all", task.split))
 
     def _rows(self, tasks: Iterator[Task]) -> Iterator[Prediction]:
         while batch := list(islice(tasks, self._settings.infer.batch_size * WINDOW)):
@@ -94,6 +96,11 @@ class Worker:
                     self._unsure = fallback.make_fallback(self._settings, batch, None, self._progress)
                 self._backend = make_backend(self._settings, self._progress)
             yield from decisions(self._backend, self._unsure, batch)
+
+
+def _empty(source: Path) -> bool:
+    bad: list[int] = []
+    return next(read_lines(str(source), lambda number, text, why: bad.append(number)), None) is None and not bad
 
 
 def _stands(target: Path, tasks: Iterable[Task]) -> bool:

@@ -28,6 +28,8 @@ class Choice:
     usage: Usage | None = None
     # How likely each topology is to solve the task, where the topology was chosen by value.
     solving: dict[str, float] | None = None
+    # Probability of the whole decision, not of its topology alone, where it is known.
+    decision_probability: float | None = None
 
     @property
     def probability(self) -> float | None:

@@ -58,8 +58,9 @@ class Decoder:
     """Decisions from a causal language model over the decision space of `space`.
 
     `calibrate` turns the model's own distribution over topologies into the one to be decided by. Prompts take at most
-    `max_length` tokens with their answer, as in training. Raises ModelError for a model that is not one of attention
-    alone: the ends of a tree can share nothing else.
+    `max_length` tokens with their answer, as in training, or fewer where the model sees no more at once: `limit` is
+    what holds. Raises ModelError for a model that is not one of attention alone: the ends of a tree can share nothing
+    else.
     """
 
     def __init__(
@@ -78,7 +79,8 @@ class Decoder:
         self.tree = DecisionTree(space, tokenizer)
         self._search = Search(self.tree, calibrate)
         context = _context(model.config)
-        self._room = min(context, max_length or context) - self._longest()
+        self.limit = min(context, max_length or context)
+        self._room = self.limit - self._longest()
         one, two = (prompts.encode_prompt(text, space, tokenizer) for text in ("a", "1"))
         common = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), 0)
         self._prefix = one[:common]

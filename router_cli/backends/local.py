@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from router_cli import models, prompts
 from router_cli.backends import Choice, space_from
 from router_cli.backends.adapters import adapted
 from router_cli.backends.decoding import Decoder
-from router_cli.backends.device import ROWS_AT_ONCE, best_device, fast_dtype
+from router_cli.backends.device import ROWS_AT_ONCE, best_device, fast_dtype, out_of_memory
 from router_cli.backends.library import quiet
 from router_cli.backends.packed import packed
 from router_cli.backends.search import SEARCHED, Decoded
@@ -50,11 +51,17 @@ class LocalBackend:
         # An exported router is a whole model, which its description finds beside itself.
         whole = str(adapter / meta["merged"]) if adapter and "merged" in meta else None
         base = models.resolve(whole or settings.infer.base or meta["base_model"]["folder_or_id"], settings, progress)
+        known = meta["base_model"].get("content") if meta and not (whole or settings.infer.base) else None
+        if known is not None and known != models.content(base):
+            progress.warn(
+                f"{base.name} has other weights than {adapter} was trained on: its decisions may be worthless"
+            )
         self.model_name = str(adapter) if adapter else base.name
         self.model, self.tokenizer = load(base, settings)
-        if adapter is not None and whole is None:
-            self.model = adapted(self.model, adapter)
-        self.model = packed(self.model)
+        with _enough_memory(base, self.model.dtype):
+            if adapter is not None and whole is None:
+                self.model = adapted(self.model, adapter)
+            self.model = packed(self.model)
         calibration = calibration_of(meta)
         measured, type_here = calibration.dtype if calibration else None, str(self.model.dtype).removeprefix("torch.")
         if settings.infer.fallback is not None and measured not in (None, type_here):
@@ -73,9 +80,9 @@ class LocalBackend:
         started = time.perf_counter()
         asked = [self._decoder.prompt(text) for text in texts]
         if self._decoder.cut:
-            self._say_once(
-                f"tasks that take more than {self._max_length} tokens, as in training, are shortened in their middle"
-            )
+            limit = self._decoder.limit
+            why = "as in training" if limit == self._max_length else "all that the model sees at once"
+            self._say_once(f"tasks that take more than {limit} tokens, {why}, are shortened in their middle")
         found = self._decoder.decide(asked, self._alternatives, self._value.best if self._value else None)
         each = (time.perf_counter() - started) * 1000 / max(1, len(texts))
         if not all(one.exact for one in found):
@@ -88,6 +95,7 @@ class LocalBackend:
                 alternatives=self._listed(one),
                 usage=self._usage(prompt, one.decision),
                 solving=self._value.solving(one.solving) if self._value and one.solving is not None else None,
+                decision_probability=min(1.0, one.probability),
             )
             for prompt, one in zip(asked, found, strict=True)
         ]
@@ -184,16 +192,19 @@ def read_meta(adapter: Path) -> dict[str, Any]:
 def load(base: models.BaseModel, settings: Settings, **options: Any) -> tuple[Any, Any]:
     """Load (model, tokenizer) of a base model onto the best device, in the type that the machine is fast in.
 
-    Raises ModelError where the folder's files cannot be loaded.
+    Raises ModelError where the folder's files cannot be loaded, or there is no memory for them.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = best_device()
     dtype = options.pop("dtype", None) or serving_dtype(settings)
+    kept_in = None if "quantization_config" in options else dtype
     try:
-        with quiet():
+        with _enough_memory(base, kept_in), quiet():
             tokenizer = AutoTokenizer.from_pretrained(base.folder)
             model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=dtype, **options)
+    except ModelError:
+        raise
     except Exception as error:  # damaged files raise whatever their reader raises
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ModelError(f"{base.folder}: cannot be loaded as a model: {first}") from None
@@ -202,8 +213,37 @@ def load(base: models.BaseModel, settings: Settings, **options: Any) -> tuple[An
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{base.name}: its tokenizer has no end token")
     if "device_map" not in options:
-        model = model.to(device)
+        with _enough_memory(base, kept_in):
+            model = model.to(device)
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _enough_memory(base: models.BaseModel, dtype: Any) -> Iterator[None]:
+    """While open, memory that runs out is a ModelError that says what helps, and what the weights take in `dtype`."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        size, wide = _weight_bytes(base.folder, dtype), getattr(dtype, "itemsize", 2) > 2
+        takes = f": its weights alone take {size / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}" if size else ""
+        raise ModelError(
+            f"{base.name}: out of memory on the {best_device().upper()}{takes}; what helps: a smaller base, "
+            f"{'--dtype bfloat16, ' * wide}or a server that holds it, in fewer bits if need be (vLLM, or llama.cpp "
+            "with what --export gguf wrote), asked with --backend remote"
+        ) from None
+
+
+def _weight_bytes(folder: Path, dtype: Any) -> float | None:
+    """Roughly what a model's weights take in the torch type `dtype`; None where its files do not say."""
+    wanted: int | None = getattr(dtype, "itemsize", None)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if wanted is None or not size:
+        return None
+    config = read_json(folder / "config.json")
+    stored = {"float32": 4}.get(str(config.get("dtype") or config.get("torch_dtype")), 2)
+    return size / stored * wanted
 
 
 def serving_dtype(settings: Settings) -> Any:

@@ -8,11 +8,13 @@ offline rules, and says so in `fallback`: the caller always gets a valid decisio
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
+import re
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Coroutine, Sequence
+from itertools import accumulate
 from typing import Any, TypeVar
 
 from router_cli import prompts
@@ -60,7 +62,7 @@ class RemoteBackend:
         self._settings, self._progress = settings.with_values(label__temperature=0.0), progress
         self._url = shown(settings.endpoint.base_url)
         self._said_unknown = False
-        self._router: _RemoteRouter | None = self._client()
+        self._router = self._client()
         self._free = asyncio.Semaphore(settings.label.concurrency)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="remote router", daemon=True)
@@ -74,7 +76,7 @@ class RemoteBackend:
         """Close the connections."""
         if self._loop.is_closed():
             return
-        self._run(self._hang_up())
+        self._run(self._router.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -96,27 +98,20 @@ class RemoteBackend:
         }
         return _RemoteRouter(self._settings, self._progress, model=self.model_name, extra=extra)
 
-    async def _hang_up(self) -> None:
-        router, self._router = self._router, None
-        if router is not None:
-            await router.close()
-
     async def _decide(self, texts: Sequence[str]) -> list[Choice]:
-        router = self._router = self._router or self._client()
+        # What refused for good may have come back. The same client goes on: other threads' requests are on their way.
+        self._router.resume()
 
         async def one(number: int, text: str) -> Choice:
             async with self._free:
                 started = time.perf_counter()
-                answer = await router.ask(Task(id=str(number), text=text), self.space, "balanced")
+                answer = await self._router.ask(Task(id=str(number), text=text), self.space, "balanced")
                 return self._choice(text, answer, (time.perf_counter() - started) * 1000)
 
         try:
             async with asyncio.TaskGroup() as group:
                 asked = [group.create_task(one(i, text)) for i, text in enumerate(texts)]
         except* Exception as failures:
-            # A client that met a final refusal sends nothing more; the next call begins anew.
-            with contextlib.suppress(Exception):
-                await self._hang_up()
             # One refusal ends all requests alike: the first one's words are everybody's.
             raise failures.exceptions[0] from None
         return [task.result() for task in asked]
@@ -142,12 +137,12 @@ def topology_shares(answer: Answer, topologies: Sequence[str]) -> dict[str, floa
 
     Tokens that leave several names open are followed along the answer until they part; elsewhere, where nothing is
     known of how they go on, their share is divided evenly. Normalised over the names; None where the server gave no
-    log probabilities, or its tokens do not show the name.
+    log probabilities, or its tokens do not show the name that was decided.
     """
     shares = dict.fromkeys(topologies, 0.0)
     try:
         tokens = answer.logprobs["content"]
-        at, written, reached = _start_of_value(tokens, '"topology":'), "", 1.0
+        at, written, reached = _start_of_name([token["token"] for token in tokens]), "", 1.0
         while True:
             chosen = tokens[at]
             # Some servers list the chosen token only where it is among the likeliest.
@@ -161,6 +156,8 @@ def topology_shares(answer: Answer, topologies: Sequence[str]) -> dict[str, floa
             written, reached, at = written + _bare(chosen["token"]), reached * math.exp(chosen["logprob"]), at + 1
             if len(names := _meant(written, topologies)) < 2:
                 break
+        if answer.decision is None or names[0] != answer.decision.topology:
+            return None  # a model that thinks aloud names others too: what is said of those is not this decision's
         shares[names[0]] += reached
     except (TypeError, KeyError, IndexError, ValueError, AttributeError, OverflowError):
         return None
@@ -177,13 +174,8 @@ def _meant(piece: str, topologies: Sequence[str]) -> list[str]:
     return [name for name in topologies if piece and (name.startswith(piece) or piece.startswith(name))]
 
 
-def _start_of_value(tokens: Sequence[dict[str, Any]], field: str) -> int:
-    """The index of the token with the first letter of a field's string value. Raises ValueError if there is none."""
-    text = ""
-    for i, token in enumerate(tokens):
-        before = text
-        text += token["token"]
-        found = text.find(field)
-        if found >= 0 and any(ch.isalnum() for ch in text[max(found + len(field), len(before)) :]):
-            return i
-    raise ValueError(field)
+def _start_of_name(tokens: Sequence[str]) -> int:
+    """The index of the token with the first letter of the last topology's name: that of the decision, which is the
+    last in an answer. Raises IndexError if there is none."""
+    last = [found.end() for found in re.finditer(r'"topology"\s*:\W*(?=\w)', "".join(tokens))][-1]
+    return bisect_right(list(accumulate(map(len, tokens), initial=0)), last) - 1

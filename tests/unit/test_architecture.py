@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2] / "router_cli"
 LAYERS = {
     1: "errors schema progress ranks",
     2: "jsonl space costs sections settings scoring.metrics scoring.intervals",
-    3: "prompts tasks",
+    3: "prompts tasks badlines",
     4: "dataset splits examples labelling teachers teams backends scoring models machine footprint training fallback "
     "serving",
     5: "label train infer evaluate flip replay from_outcomes run execute doctor",

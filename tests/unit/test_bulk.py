@@ -102,6 +102,36 @@ def test_a_broken_shard_keeps_none_of_the_others(tmp_path: Path) -> None:
     assert (result.skipped, result.decided) == (1, 16)
 
 
+def test_lines_that_are_passed_over_are_recorded_beside_their_shard(tmp_path: Path) -> None:
+    data, output = shards(tmp_path / "in"), tmp_path / "out"
+    (data / PARTS[0]).write_bytes(b'"\xe9t\xe9"\n{"id": "a", "task": "Sort."}\n')  # not even the first one is UTF-8
+    broken = '{"id": "b", "task": "Merge."}\n{"id": \n[1]\n'
+    (data / PARTS[2]).write_bytes(gzip.compress(broken.encode()))
+    records = [f"{PARTS[0]}.bad-lines.jsonl", f"{PARTS[2]}.bad-lines.jsonl"]
+
+    def recorded() -> list[tuple[str, int, str]]:
+        found = [json.loads(line) for name in records for line in (output / name).read_text().splitlines()]
+        assert all(set(row) == {"file", "line", "text", "reason"} for row in found)
+        return [(row["file"], row["line"], row["reason"].split(" (")[0]) for row in found]
+
+    expected = [
+        (str(data / PARTS[0]), 1, "is not UTF-8 or UTF-16 text"),
+        (str(data / PARTS[2]), 2, "is not JSON"),
+        (str(data / PARTS[2]), 3, "expected a JSON object"),
+    ]
+    result = bulk(data, output, skip_bad_lines=True)
+    assert (result.shards, result.skipped, result.decided, recorded()) == (4, 3, 12, expected)
+    assert names(output)[2:] == sorted([*PARTS, *records])
+    # What stands is gone over all the same, and a record that a kill prevented is made up for.
+    (output / records[1]).unlink()
+    result = bulk(data, output, skip_bad_lines=True)
+    assert (result.resumed, result.skipped, result.decided, recorded()) == (4, 3, 0, expected)
+    # What a record says and is mended goes.
+    (data / PARTS[2]).write_bytes(gzip.compress(broken.splitlines()[0].encode()))
+    assert bulk(data, output, skip_bad_lines=True).skipped == 1
+    assert names(output)[2:] == sorted([*PARTS, records[0]])
+
+
 def test_empty_shards_and_those_without_a_task_of_the_split_are_empty_files(tmp_path: Path) -> None:
     data, output = shards(tmp_path / "in"), tmp_path / "out"
     (data / "part-0.jsonl").write_text("")
@@ -209,3 +239,11 @@ def test_secrets_stay_with_the_command() -> None:
     assert b"hidden" in pickle.dumps(settings)
     assert b"hidden" not in pickle.dumps(without_secrets(settings))
     assert without_secrets(settings).infer == settings.infer
+
+
+def test_records_of_passed_over_lines_are_no_shards(tmp_path: Path) -> None:
+    data = shards(tmp_path / "in")
+    (data / f"{PARTS[0]}.bad-lines.jsonl").write_text(
+        '{"file": "x", "line": 1, "text": "{", "reason": "is not JSON"}\n'
+    )
+    assert bulk(data, tmp_path / "out").shards == 4

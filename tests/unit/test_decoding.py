@@ -366,6 +366,45 @@ def test_forced_tokens_cost_no_pass_and_the_search_enters_several_ends_in_one(ro
     assert len(shapes) - 1 - greedy < nodes / AT_ONCE + 2 * branching
 
 
+def test_tasks_of_like_length_share_a_batch(tiny_folder: Callable[..., Path]) -> None:
+    model, tokenizer = load(tiny_folder("smollm"))
+    decoder = Decoder(model, tokenizer, SPACE, batch_size=2)
+    # In their own order every short task would be padded to a long one.
+    prompt_ids = encoded([f"Sort {i}" + " and merge" * 40 * (i % 2) for i in range(6)], tokenizer)
+    before = len(decoder.tree.root.run) - len(decoder._prefix)
+    lengths = sorted(len(ids) + before for ids in prompt_ids)
+    with fed(model) as shapes:
+        decoder.distributions(prompt_ids)
+    # The prefix once, then a batch of two after the other, each as wide as its own longest task.
+    assert shapes[1:] == [(2, lengths[1]), (2, lengths[3]), (2, lengths[5])]
+    assert lengths[1] < lengths[5] / 2
+
+
+def test_a_row_that_is_decided_is_fed_no_more(tiny_folder: Callable[..., Path]) -> None:
+    import torch
+
+    model, tokenizer = load(tiny_folder("smollm"))
+    prompt_ids, sizes = encoded(TEXTS, tokenizer), set()
+    for seed in range(3):  # other weights of the head make other decisions, which end at other passes
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.3)
+        decoder = Decoder(model, tokenizer, SPACE)
+        with fed(model) as shapes:
+            found = decoder.decide(prompt_ids)
+        ways = []
+        for one in found:
+            answer, node, way = prompts.encode_answer(one.decision, tokenizer), decoder.tree.root, list[int]()
+            while node.decision is None:
+                way.append(len(node.run))
+                node = decoder.tree.child(node, answer[node.depth])
+            ways.append(way)
+        # Behind prefix and prompts: the rows that still have a choice, as wide as the most that one of them is fed.
+        going = [[way[at] for way in ways if at < len(way)] for at in range(1, max(map(len, ways)))]
+        assert shapes[2:] == [(len(runs), max(runs)) for runs in going]
+        sizes.add(tuple(map(len, going)))
+    assert any(len(set(rows)) > 2 for rows in sizes), "batches shrink more than once"
+
+
 def test_a_task_beyond_what_fits_is_shortened_in_its_middle(router: tuple[Any, Any]) -> None:
     model, tokenizer = router
     decoder = Decoder(model, tokenizer, SPACE, max_length=300)

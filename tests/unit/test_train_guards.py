@@ -16,10 +16,11 @@ from filelock import FileLock
 from router_cli import models
 from router_cli import train as training
 from router_cli.backends.device import available_memory
-from router_cli.backends.local import META
+from router_cli.backends.local import META, LocalBackend
 from router_cli.dataset import build
 from router_cli.errors import OutputError, TrainingError, UsageError
 from router_cli.models import BaseModel
+from router_cli.settings import load
 from router_cli.train import TrainResult, _load, _space, train
 from router_cli.training import qlora, watch
 from router_cli.training.checkpoints import Run
@@ -317,3 +318,18 @@ def test_of_several_data_files_the_changed_one_is_named(tiny_folder: Tiny, tmp_p
         train(train_settings(f"{one},{two}", **values))
     with pytest.raises(TrainingError, match="trained with 2 data files, now 1"):
         train(train_settings(one, **values))
+
+
+def test_an_adapter_above_other_weights_is_warned_about(tiny_folder: Tiny, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder("smollm"), base)
+    train(settings_for(tmp_path, base))
+    served = load({"infer.adapter": ("test", str(tmp_path / "a")), "models.dtype": ("test", "float32")}, environ={})
+    said = Recorder()
+    LocalBackend(served, said)
+    assert said.warnings == []
+    kept = other_weights(base, tmp_path / "kept")
+    shutil.rmtree(base)
+    kept.rename(base)
+    LocalBackend(served, said)
+    assert len(said.warnings) == 1 and "has other weights than" in said.warnings[0]
