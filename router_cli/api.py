@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,8 +23,8 @@ from typing import Any
 
 from router_cli import fallback
 from router_cli.backends import Backend, make_backend
-from router_cli.errors import UsageError
-from router_cli.infer import decisions
+from router_cli.errors import TeacherError, UsageError
+from router_cli.infer import predict
 from router_cli.progress import SILENT, Progress
 from router_cli.schema import Prediction, Task
 from router_cli.settings import Settings, load
@@ -169,11 +169,38 @@ def _work(queue: _Queue, backend: Backend, unsure: fallback.Fallback | None, bat
 
 
 def _answer(batch: list[_Asked], backend: Backend, unsure: fallback.Fallback | None) -> None:
-    rows = 0
+    waiting = iter(batch)
     try:
-        for one, row in zip(batch, decisions(backend, unsure, [one.task for one in batch]), strict=True):
-            one.answer.set_result(row)
-            rows += 1
+        for row in _outcomes(backend, unsure, [one.task for one in batch]):
+            answer = next(waiting).answer
+            if isinstance(row, BaseException):
+                answer.set_exception(row)
+            else:
+                answer.set_result(row)
     except BaseException as error:  # a thread has nobody to raise to but those who wait
-        for one in batch[rows:]:
+        for one in waiting:
             one.answer.set_exception(error)
+
+
+def _outcomes(
+    backend: Backend, unsure: fallback.Fallback | None, tasks: Sequence[Task]
+) -> Iterator[Prediction | BaseException]:
+    """One row a task or what went wrong with it, in order: those who ask know nothing of each other."""
+    found = decide_each(backend, tasks)
+    kept = [(task, row) for task, row in zip(tasks, found, strict=True) if isinstance(row, Prediction)]
+    rows: Iterator[Prediction | BaseException] = iter([row for _, row in kept])
+    if unsure is not None:
+        rows = unsure.outcomes([task for task, _ in kept], [row for _, row in kept])
+    for row in found:
+        yield next(rows) if isinstance(row, Prediction) else row
+
+
+def decide_each(backend: Backend, tasks: Sequence[Task]) -> list[Prediction | BaseException]:
+    """One row a task, in order; in the place of one that makes the model fail, its error."""
+    try:
+        return list(predict(backend, list(tasks)))
+    except TeacherError as error:  # a model server that refuses one refuses all
+        return [error] * len(tasks)
+    except Exception as error:
+        # One that makes the model fail (a text too long for the memory) is not to take its neighbours with it.
+        return [error] if len(tasks) == 1 else [row for task in tasks for row in decide_each(backend, [task])]

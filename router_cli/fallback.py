@@ -8,14 +8,15 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
 from router_cli.backends import space_from
 from router_cli.backends.local import calibration_of, read_meta, space_of
-from router_cli.errors import UsageError
+from router_cli.costs import dollars
+from router_cli.errors import TeacherError, UsageError
 from router_cli.labelling.estimate import Confirm, Estimator, approve
 from router_cli.progress import SILENT, Progress
 from router_cli.schema import Decision, Prediction, Task, Usage
@@ -28,6 +29,8 @@ THRESHOLDS = ("min_confidence", "target_agreement", "target_cost")
 
 PRICED = 20
 """First tasks of the data whose expected price stands for all, with --target-cost."""
+
+NOTHING = FREE.model_copy(update={"attempts": 0})
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Given:
 class Fallback:
     """Decides the tasks whose topology's probability is below `threshold`; a context that closes connections.
 
-    `counts` says how often who decided, `usage` what that cost.
+    `counts` says how often who decided, `usage` what all answers cost, those too that came to nothing.
     """
 
     def __init__(
@@ -52,13 +55,14 @@ class Fallback:
         threshold: float,
         teacher: Teacher | None,
         fixed: Decision | None,
+        progress: Progress = SILENT,
     ) -> None:
         self._settings, self._space, self.threshold = settings, space, threshold
-        self._teacher, self._fixed = teacher, fixed
+        self._teacher, self._fixed, self._progress = teacher, fixed, progress
         # A teacher's connections live in one event loop.
         self._runner = asyncio.Runner() if teacher else None
         self.counts: Counter[str] = Counter()
-        self.usage = FREE.model_copy(update={"attempts": 0})
+        self.usage = NOTHING
 
     def __enter__(self) -> Fallback:
         return self
@@ -69,29 +73,44 @@ class Fallback:
             self._runner.close()
 
     def apply(self, tasks: Sequence[Task], rows: Sequence[Prediction]) -> Iterator[Prediction]:
-        """The rows in their order, those below the threshold decided anew.
+        """The rows in their order, those below the threshold decided anew, up to the first that nobody decides.
 
         As few questions are asked before a row is handed out as a teacher answers at once: what stands written is not
-        paid for again. Raises UsageError for a row without a probability, and the teacher's errors in the row's place.
+        paid for again. Raises UsageError for a row without a probability, and the teacher's errors in the row's place,
+        after a notice of what its answers have cost.
         """
-        unsure = [i for i, row in enumerate(rows) if self._below(row)]
+        for part in self._parts(tasks, rows):
+            for place, row in enumerate(part):
+                if isinstance(row, BaseException):
+                    self._say_bill(part[place:])
+                    raise row
+                yield row
+
+    def outcomes(self, tasks: Sequence[Task], rows: Sequence[Prediction]) -> Iterator[Prediction | BaseException]:
+        """As `apply`, but what it would raise stands in the place of its row, and those behind are decided too."""
+        for part in self._parts(tasks, rows):
+            yield from part
+
+    def _parts(self, tasks: Sequence[Task], rows: Sequence[Prediction]) -> Iterator[list[Prediction | BaseException]]:
+        """What becomes of the rows, in pieces that each end with the last of as many as a teacher is asked at once."""
+        if self._teacher:
+            self._teacher.resume()
+        found: dict[int, Given | BaseException] = {}
+        unsure = []
+        for i, row in enumerate(rows):
+            if row.probability is None and row.fallback is None:
+                words = f"--backend {row.backend} gives no probability to be compared: leave --fallback off"
+                found[i] = UsageError(f"{row.task_id}: {words}")
+            # A server without a valid answer: nobody is sure of what the rules said in its place.
+            elif row.probability is None or row.probability < self.threshold:
+                unsure.append(i)
         at_once, done = self._settings.label.concurrency, 0
         for start in range(0, len(unsure), at_once):
             part = unsure[start : start + at_once]
-            found = dict(zip(part, self._decide([tasks[i] for i in part]), strict=True))
-            for i in range(done, part[-1] + 1):
-                yield self._replaced(rows[i], found[i]) if i in found else rows[i]
+            found |= zip(part, self._decide([tasks[i] for i in part]), strict=True)
+            yield self._replaced(rows, found, done, part[-1] + 1)
             done = part[-1] + 1
-        yield from rows[done:]
-
-    def _below(self, row: Prediction) -> bool:
-        if row.probability is not None:
-            return row.probability < self.threshold
-        if row.fallback is None:
-            raise UsageError(
-                f"{row.task_id}: --backend {row.backend} gives no probability to be compared: leave --fallback off"
-            )
-        return True  # the server had no valid answer: nobody is sure of what the rules said in its place
+        yield self._replaced(rows, found, done, len(rows))
 
     def _decide(self, tasks: Sequence[Task]) -> Sequence[Given | BaseException]:
         kind = self._settings.infer.fallback
@@ -109,18 +128,36 @@ class Fallback:
             return Given(answer.decision, "teacher" if answer.decision else f"teacher ({why})", answer.usage)
 
         # What the others answered is paid for, whatever happened to one.
-        return await asyncio.gather(*map(one, tasks), return_exceptions=True)
+        found = await asyncio.gather(*map(one, tasks), return_exceptions=True)
+        for given in found:
+            used = given.usage if isinstance(given, Given) else given.spent if isinstance(given, TeacherError) else None
+            self.usage = total(self.usage, used or NOTHING)
+        return found
 
-    def _replaced(self, row: Prediction, given: Given | BaseException) -> Prediction:
+    def _replaced(
+        self, rows: Sequence[Prediction], found: Mapping[int, Given | BaseException], start: int, end: int
+    ) -> list[Prediction | BaseException]:
+        return [self._row(rows[i], found[i]) if i in found else rows[i] for i in range(start, end)]
+
+    def _row(self, row: Prediction, given: Given | BaseException) -> Prediction | BaseException:
         if isinstance(given, BaseException):
-            raise given
+            return given
         self.counts[given.name.partition(" ")[0] if given.decision else "none"] += 1
-        self.usage = total(self.usage, given.usage)
         share = row.topologies[given.decision.topology] if row.topologies and given.decision else None
         told: dict[str, Any] = {"decision": given.decision, "fallback": given.name, "probability": share}
+        told["decision_probability"] = None  # the router's was that of another decision
         if given.usage.prompt_tokens:  # what was paid for; the router's own tokens have no price
             told["usage"] = given.usage
         return row.model_copy(update=told)
+
+    def _say_bill(self, lost: Sequence[Prediction | BaseException]) -> None:
+        if not self.usage.attempts:
+            return
+        bill = f"the fallback's answers so far: {self.usage.attempts:,} requests, {dollars(self.usage.cost_usd)}"
+        behind = sum(isinstance(row, Prediction) and row.fallback is not None for row in lost)
+        if behind:
+            bill += f"; those to {behind} tasks behind the one that got none are lost, because order is kept"
+        self._progress.notice(bill)
 
 
 def check(settings: Settings) -> bool:
@@ -187,7 +224,7 @@ def make_fallback(
             seconds=most.seconds * share,
         )
     approve(estimate, settings, progress, confirm)
-    return Fallback(settings, space, threshold, teacher, None)
+    return Fallback(settings, space, threshold, teacher, None, progress)
 
 
 def _fixed(text: str, space: DecisionSpace) -> Decision:

@@ -17,11 +17,11 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from router_cli import fallback
+from router_cli.api import decide_each
 from router_cli.backends import Backend, make_backend
 from router_cli.backends.device import hand_back, keep_few_kernels
-from router_cli.errors import RouterError, UsageError
+from router_cli.errors import UsageError
 from router_cli.fallback import Fallback, make_fallback
-from router_cli.infer import predict
 from router_cli.labelling.estimate import Confirm
 from router_cli.progress import SILENT, Progress
 from router_cli.schema import Prediction, Task
@@ -44,13 +44,16 @@ BACKLOG = 2048
 @dataclass(frozen=True)
 class ServeResult:
     """What a server did until it was ended: requests answered, refused, given up by their clients (`gone`) and cut off
-    by the end; decisions given."""
+    by the end; decisions given, how many of them by a fallback or by nobody, and the US dollars that its answers cost
+    (None: unknown)."""
 
     answered: int
     refused: int
     gone: int
     cut: int
     decisions: int
+    fallbacks: int
+    fallback_dollars: float | None
     seconds: float
 
 
@@ -85,7 +88,14 @@ def serve(settings: Settings, progress: Progress = SILENT, confirm: Confirm | No
             server_of(service, settings).run(sockets=[listening])
     counts = service.metrics
     return ServeResult(
-        counts.answered, counts.refused, counts.gone, service.cut, counts.given, time.monotonic() - started
+        counts.answered,
+        counts.refused,
+        counts.gone,
+        service.cut,
+        counts.given,
+        counts.fallbacks,
+        unsure.usage.cost_usd if unsure else 0.0,
+        time.monotonic() - started,
     )
 
 
@@ -110,9 +120,11 @@ def server_of(service: Service, settings: Settings) -> uvicorn.Server:
 
 def office(backend: Backend, unsure: Fallback | None, settings: Settings) -> Office:
     """Who decides for a server: the backend, and `unsure` where it is not sure enough."""
-    decide = _tidied(partial(_decide, backend))
+    decide = _tidied(partial(decide_each, backend))
+    # A server behind makes batches of its own: each task goes to it alone, so that none waits for another's answer.
+    most, at_once = (1, settings.label.concurrency) if backend.name == "remote" else (settings.infer.batch_size, 1)
     if unsure is None:
-        return Office(backend.space, decide, settings.infer.batch_size)
+        return Office(backend.space, decide, most, at_once=at_once)
 
     def below(row: Prediction) -> bool:
         return row.probability is None or row.probability < unsure.threshold
@@ -120,12 +132,13 @@ def office(backend: Backend, unsure: Fallback | None, settings: Settings) -> Off
     return Office(
         backend.space,
         decide,
-        settings.infer.batch_size,
+        most,
         settle=partial(_settle, unsure),
         unsure=below,
         most_unsure=settings.label.concurrency,
         spent=lambda: unsure.usage.cost_usd or 0.0,
         close=lambda: unsure.__exit__(None, None, None),
+        at_once=at_once,
     )
 
 
@@ -148,24 +161,8 @@ def _tidied(decide: Decide) -> Decide:
     return tidied
 
 
-def _decide(backend: Backend, tasks: Sequence[Task]) -> list[Prediction | BaseException]:
-    try:
-        return list(predict(backend, list(tasks)))
-    except RouterError as error:  # a model server that refuses one refuses all
-        return [error] * len(tasks)
-    except Exception as error:
-        # One that makes the model fail (a text too long for the memory) is not to take its neighbours with it.
-        return [error] if len(tasks) == 1 else [row for task in tasks for row in _decide(backend, [task])]
-
-
 def _settle(unsure: Fallback, given: Sequence[Unsure]) -> list[Prediction | BaseException]:
-    found: list[Prediction | BaseException] = []
-    try:
-        for row in unsure.apply([task for task, _ in given], [row for _, row in given]):
-            found.append(row)
-    except RouterError as error:  # what came before is paid for and stands
-        found += [error] * (len(given) - len(found))
-    return found
+    return list(unsure.outcomes([task for task, _ in given], [row for _, row in given]))
 
 
 @contextmanager

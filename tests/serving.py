@@ -33,7 +33,8 @@ SPACE = DecisionSpace(("planner", "builder", "tester", "refractor"))
 class Gated:
     """Decides by the rules, with made-up probabilities, as long as `open` is set; remembers its batches.
 
-    `sure` is the share of the chosen topology. `broken` in a text is a model that fails, `refused` a server that does.
+    `sure` is the share of the chosen topology. `broken` in a text is a model that fails, `refused` a server that does;
+    `error` is what every text makes it raise.
     """
 
     name = "gated"
@@ -43,10 +44,13 @@ class Gated:
     def __init__(self, sure: Callable[[str], float] = lambda text: 0.7) -> None:
         self.open, self.batches, self._sure = threading.Event(), list[list[str]](), sure
         self.open.set()
+        self.error: Exception | None = None
 
     def decide(self, texts: Sequence[str]) -> list[Choice]:
         self.batches.append(list(texts))
         assert self.open.wait(PATIENCE)
+        if self.error is not None:
+            raise self.error
         if any("broken" in text for text in texts):
             raise RuntimeError("out of memory")
         if any("refused" in text for text in texts):

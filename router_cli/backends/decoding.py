@@ -20,7 +20,7 @@ from typing import Any
 
 from router_cli import prompts
 from router_cli.backends.activated import activated
-from router_cli.backends.device import ROWS_AT_ONCE
+from router_cli.backends.device import ROWS_AT_ONCE, give_back, out_of_memory
 from router_cli.backends.library import filling
 from router_cli.backends.search import Branch, Decoded, Found, Search, Shares, Walk
 from router_cli.backends.tree import DecisionTree
@@ -59,8 +59,8 @@ class Decoder:
 
     `calibrate` turns the model's own distribution over topologies into the one to be decided by. Prompts take at most
     `max_length` tokens with their answer, as in training, or fewer where the model sees no more at once: `limit` is
-    what holds. Raises ModelError for a model that is not one of attention alone: the ends of a tree can share nothing
-    else.
+    what holds. `batch_size` tasks are decided at once, or as many as memory turned out to hold. Raises ModelError for
+    a model that is not one of attention alone: the ends of a tree can share nothing else.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Decoder:
     ) -> None:
         self._activated = activated(model)
         self._model = self._activated.base if self._activated else model
-        self._tokenizer, self._batch_size, self.space = tokenizer, batch_size, space
+        self._tokenizer, self.batch_size, self.space = tokenizer, batch_size, space
         self._pad = prompts.end_token(tokenizer)
         self.tree = DecisionTree(space, tokenizer)
         self._search = Search(self.tree, calibrate)
@@ -164,11 +164,24 @@ class Decoder:
         # Neighbours in length share a batch, so that hardly anything is padded.
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         with torch.inference_mode():
-            for start in range(0, len(order), self._batch_size):
-                batch = order[start : start + self._batch_size]
-                made = self._batch([list(encoded[i]) for i in batch], walk, asks_solving)
-                found.update(zip(batch, made, strict=True))
+            while batch := order[len(found) : len(found) + self.batch_size]:
+                made = self._within_memory([list(encoded[i]) for i in batch], walk, asks_solving)
+                found.update(zip(batch, made, strict=False))
         return [found[i] for i in range(len(encoded))]
+
+    def _within_memory(
+        self, encoded: list[list[int]], walk: Callable[[Row], Walk[Found]], asks_solving: bool
+    ) -> list[Found]:
+        """What the first rows of a batch found: all of them, unless memory holds fewer at once, now and from now on."""
+        while True:
+            try:
+                return self._batch(encoded[: self.batch_size], walk, asks_solving)
+            except (RuntimeError, MemoryError) as error:
+                if self.batch_size == 1 or not out_of_memory(error):
+                    raise
+            # Outside the handler: until here the exception keeps the pass's tensors alive.
+            self.batch_size = max(1, min(self.batch_size, len(encoded)) // 2)
+            give_back()
 
     def _batch(self, encoded: list[list[int]], walk: Callable[[Row], Walk[Found]], asks_solving: bool) -> list[Found]:
         import torch
@@ -308,9 +321,10 @@ class Decoder:
         if length == 0:
             return DynamicCache()
         if self._prefix_cache is None:
-            self._prefix_cache = DynamicCache()
+            filled = DynamicCache()
             with self._activated.resting() if self._activated else nullcontext():
-                self._forward([[Run(self._prefix, torch.ones(0, dtype=torch.bool))]], self._prefix_cache, [()])
+                self._forward([[Run(self._prefix, torch.ones(0, dtype=torch.bool))]], filled, [()])
+            self._prefix_cache = filled
         cache = copy.deepcopy(self._prefix_cache)
         cache.batch_repeat_interleave(rows)
         return cache

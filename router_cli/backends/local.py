@@ -57,6 +57,7 @@ class LocalBackend:
                 f"{base.name} has other weights than {adapter} was trained on: its decisions may be worthless"
             )
         self.model_name = str(adapter) if adapter else base.name
+        self._base = base
         self.model, self.tokenizer = load(base, settings)
         with _enough_memory(base, self.model.dtype):
             if adapter is not None and whole is None:
@@ -76,14 +77,20 @@ class LocalBackend:
         self._decoder = self._decoder_over(self.space)
 
     def decide(self, texts: Sequence[str]) -> list[Choice]:
-        """A valid decision for each text, with its probabilities, in the order of the texts."""
+        """A valid decision for each text, with its probabilities, in the order of the texts.
+
+        Fewer are decided at once where memory is short; raises ModelError where it does not hold a single one.
+        """
         started = time.perf_counter()
         asked = [self._decoder.prompt(text) for text in texts]
         if self._decoder.cut:
             limit = self._decoder.limit
             why = "as in training" if limit == self._max_length else "all that the model sees at once"
             self._say_once(f"tasks that take more than {limit} tokens, {why}, are shortened in their middle")
-        found = self._decoder.decide(asked, self._alternatives, self._value.best if self._value else None)
+        with _enough_memory(self._base, self.model.dtype):
+            found = self._decoder.decide(asked, self._alternatives, self._value.best if self._value else None)
+        if (held := self._decoder.batch_size) < self._batch_size:
+            self._say_once(f"memory holds {held} tasks at once, not --batch-size {self._batch_size}")
         each = (time.perf_counter() - started) * 1000 / max(1, len(texts))
         if not all(one.exact for one in found):
             self._say_once(f"the search for alternatives ends after {SEARCHED} branches a task: some rows have fewer")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-from router_cli.errors import RouterError
+from router_cli.errors import TeacherError, UsageError
 from router_cli.progress import SILENT, Progress
 from router_cli.schema import Prediction, Task
 from router_cli.sections import ServeSettings
@@ -28,6 +30,11 @@ if TYPE_CHECKING:
 GONE = 499
 """The status that counts requests whose client went away (nginx's: nobody receives it)."""
 
+BROKEN = 3
+"""So many batches in a row of which the model decided nothing are a model that is broken."""
+
+PROBE = Task(id="probe", text="Sort a list of integers")
+"""What a model that seems broken is asked, to see whether it is: nobody else may ask one that is not ready."""
 
 Unsure = tuple[Task, Prediction]
 """A task, and its row that is not sure enough."""
@@ -35,7 +42,8 @@ Unsure = tuple[Task, Prediction]
 
 @dataclass(frozen=True)
 class Office:
-    """Who decides: `decide` all tasks, `settle` those that are `unsure`. Each is called by a thread of its own.
+    """Who decides: `decide` all tasks, `settle` those that are `unsure`. Each is called by threads of its own: `decide`
+    by `at_once`, `settle` by one.
 
     `most` are the tasks of a batch of each, `spent` the US dollars that settling has cost. `close` is called by the
     thread of `settle` when all is over.
@@ -49,6 +57,7 @@ class Office:
     most_unsure: int = 1
     spent: Callable[[], float] = lambda: 0.0
     close: Callable[[], None] = lambda: None
+    at_once: int = 1
 
 
 class Service:
@@ -64,9 +73,11 @@ class Service:
             settings.queue,
             settings.batch_wait_ms / 1000,
             size=lambda task: len(task.text),
-            seen=self.metrics.batch,
+            seen=self._seen,
+            at_once=office.at_once,
         )
         self._settling: Batcher[Unsure, Prediction] = Batcher(office.settle, office.most_unsure, settings.queue)
+        self._failed = 0  # batches in a row of which the model decided nothing
         self._since = int(time.time())
         self.cut = 0
 
@@ -104,18 +115,19 @@ class Service:
             yield
             with contextlib.suppress(TimeoutError):  # what hangs there must not keep us
                 async with asyncio.timeout(5):
-                    await self._settling.worker(self._office.close)
+                    await self._settling.workers[0](self._office.close)
 
     # -- paths ------------------------------------------------------------------------------------------------
 
     async def _route(self, request: Request) -> Response:
         tasks, many = shapes.read_tasks(shapes.read_body(await self._body(request)))
-        return _json(shapes.routed(await self._decided(request, tasks), many))
+        return _json(shapes.routed(tasks, await self._decided(request, tasks), many, self._failure))
 
     async def _chat(self, request: Request) -> Response:
         chat = shapes.read_chat(shapes.read_body(await self._body(request)), self._office.space)
         self._known(chat.model)
         [row] = await self._decided(request, [chat.task])
+        assert isinstance(row, Prediction)  # the only one's error is raised
         answer = shapes.completion(chat, row)
         if not chat.stream:
             return _json(answer)
@@ -135,10 +147,22 @@ class Service:
         return _json({"status": "ok"})
 
     async def _ready(self, request: Request) -> Response:
-        """Not ready where a batch takes longer than anybody waits for it: the thread hangs."""
+        """Not ready where a batch takes longer than anybody waits for it (the thread hangs), or the model is broken."""
         if self._deciding.busy > self._settings.time_limit:
             raise Refusal(503, "stuck", f"the same batch for {self._deciding.busy:.0f} s")
+        if self._failed >= BROKEN:
+            with contextlib.suppress(QueueFull):
+                await self._deciding.put([PROBE])
+        if self._failed >= BROKEN:
+            raise Refusal(503, "broken", f"the model failed on all tasks of the last {self._failed} batches")
         return _json({"status": "ready"})
+
+    def _seen(self, results: Sequence[Prediction | BaseException], seconds: float) -> None:
+        self.metrics.batch(len(results), seconds)
+        if any(isinstance(one, Prediction) for one in results):
+            self._failed = 0
+        elif not any(_upstream(one) for one in results):
+            self._failed += 1
 
     # -- what a request goes through --------------------------------------------------------------------------
 
@@ -158,13 +182,6 @@ class Service:
                 async with asyncio.timeout(self._settings.time_limit):
                     response = await answer(request)
                 status, code = response.status_code, ""
-            except Refusal as refusal:
-                response, status, code = _refused(refusal), refusal.status, refusal.code
-            except TimeoutError:
-                words = f"not decided within {self._settings.time_limit:g} s"
-                response, status, code = _refused(Refusal(504, "time_limit", words)), 504, "time_limit"
-            except RouterError as error:  # the model server or the teacher behind us
-                response, status, code = _refused(Refusal(502, "upstream", str(error))), 502, "upstream"
             except (ClientDisconnect, _Gone):
                 response = _plain(b"", "text/plain", status=GONE)  # for the log alone
             except asyncio.CancelledError:  # the server ends and waits no longer
@@ -172,9 +189,8 @@ class Service:
                 words = "the server ends before this is decided"
                 response, status, code = _refused(Refusal(503, "shutting_down", words)), 503, "shutting_down"
             except Exception as error:
-                self._progress.warn(f"{path}: unexpected {type(error).__name__}: {error}")
-                words = f"unexpected {type(error).__name__}"
-                response, status, code = _refused(Refusal(500, "internal", words)), 500, "internal"
+                refusal = self._refusal(error)
+                response, status, code = _refused(refusal), refusal.status, refusal.code
             finally:
                 if counted:
                     self.metrics.went(path, status, time.monotonic() - started, code)
@@ -182,8 +198,33 @@ class Service:
 
         return endpoint
 
+    def _refusal(self, error: BaseException) -> Refusal:
+        """What a client is told of `error`."""
+        if isinstance(error, Refusal):
+            return error
+        if isinstance(error, QueueFull):
+            words = f"{self._settings.queue} tasks are waiting already"
+            return Refusal(429, "queue_full", words, headers={"retry-after": str(error.seconds)})
+        if isinstance(error, TimeoutError):
+            return Refusal(504, "time_limit", f"not decided within {self._settings.time_limit:g} s")
+        if _upstream(error):
+            return Refusal(502, "upstream", str(error))
+        self._progress.warn(f"unexpected {type(error).__name__}: {error}")
+        return Refusal(500, "internal", f"unexpected {type(error).__name__}")
+
+    def _failure(self, error: BaseException) -> dict[str, Any]:
+        """The same for one task of many, of which others were decided."""
+        refusal = self._refusal(error)
+        self.metrics.failed(refusal.code)
+        return refusal.document()
+
     def _admit(self, request: Request) -> None:
         if self._token is None:
+            # A page whose name its owner points at 127.0.0.1 is no other site to its reader's browser, which then asks
+            # nobody before it sends anything. The name stays the page's own.
+            if not _of_this_machine(request.headers.get("host", ""), self._settings.host):
+                words = "without a token, only 127.0.0.1 and localhost are answered for, not another name in Host"
+                raise Refusal(421, "wrong_host", words)
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         # In constant time: how long a comparison takes must not tell how much of a guess is right.
@@ -212,27 +253,32 @@ class Service:
             words = f"there is no model {model!r} here; it is called {self._settings.name!r}"
             raise Refusal(404, "model_not_found", words, "model")
 
-    async def _decided(self, request: Request, tasks: Sequence[Task]) -> list[Prediction]:
+    async def _decided(self, request: Request, tasks: Sequence[Task]) -> list[Prediction | BaseException]:
+        """The tasks' rows, errors among them; where there is no row, the first error is raised."""
         if len(tasks) > self._settings.queue:
             raise Refusal(413, "too_many_tasks", f"{len(tasks)} tasks at once; {self._settings.queue} have a place")
-        try:
-            rows = await _unless_gone(request, self._through(tasks))
-        except QueueFull as full:
-            words = f"{self._settings.queue} tasks are waiting already"
-            raise Refusal(429, "queue_full", words, headers={"retry-after": str(full.seconds)}) from None
-        for row in rows:
+        rows = await _unless_gone(request, self._through(tasks))
+        decided = [row for row in rows if isinstance(row, Prediction)]
+        for row in decided:
             self.metrics.decided(row)
+        if not decided:
+            raise next(row for row in rows if isinstance(row, BaseException))
         return rows
 
-    async def _through(self, tasks: Sequence[Task]) -> list[Prediction]:
+    async def _through(self, tasks: Sequence[Task]) -> list[Prediction | BaseException]:
         rows = await self._deciding.put(tasks)
-        unsure = [place for place, row in enumerate(rows) if self._office.unsure(row)]
+        unsure = [
+            (place, row) for place, row in enumerate(rows) if isinstance(row, Prediction) and self._office.unsure(row)
+        ]
         if unsure:
+            settled: Sequence[Prediction | BaseException]
             try:
-                settled = await self._settling.put([(tasks[place], rows[place]) for place in unsure])
+                settled = await self._settling.put([(tasks[place], row) for place, row in unsure])
+            except QueueFull as full:  # the sure ones are decided all the same
+                settled = [full] * len(unsure)
             finally:
                 self.metrics.paid(self._office.spent())
-            for place, row in zip(unsure, settled, strict=True):
+            for (place, _), row in zip(unsure, settled, strict=True):
                 rows[place] = row
         return rows
 
@@ -244,7 +290,29 @@ class _Gone(Exception):
 Answer = Callable[["Request"], Coroutine[Any, Any, "Response"]]
 
 
-async def _unless_gone(request: Request, answer: Coroutine[Any, Any, list[Prediction]]) -> list[Prediction]:
+def _upstream(error: object) -> bool:
+    """Whether it is the word of the model server or the teacher behind us, and not a failure of our own model. What the
+    fallback says of a server that gives no probabilities is a UsageError."""
+    return isinstance(error, TeacherError | UsageError)
+
+
+def _of_this_machine(host: str, bound: str) -> bool:
+    """Whether a `Host` header names the loopback interface, or what the server was told to listen at; HTTP/1.0 has
+    none."""
+    try:
+        name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
+    except ValueError:
+        return False
+    if not host or name in ("localhost", bound.lower()):
+        return True
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(name).is_loopback
+    return False
+
+
+async def _unless_gone(
+    request: Request, answer: Coroutine[Any, Any, list[Prediction | BaseException]]
+) -> list[Prediction | BaseException]:
     """What `answer` gives; it is given up, and _Gone raised, as soon as the client closes its connection.
 
     Only once the body is read: what is received after it can be nothing but the connection's end.

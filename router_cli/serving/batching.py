@@ -1,7 +1,8 @@
 """Dynamic batching: tasks that come one by one are worked on together, by one thread, in the order they came.
 
 While the thread works, tasks wait; when it is free, it takes as many as fit into a batch. Only an idle thread waits for
-company, and only for milliseconds. Whoever stops waiting for an answer gives the place in the queue free at once.
+company, and only for milliseconds. Whoever stops waiting for an answer gives the place in the queue free at once. Work
+that only waits for others is done by several threads, each with a batch of its own.
 """
 
 from __future__ import annotations
@@ -80,9 +81,9 @@ def _give(answer: asyncio.Future[Any], outcome: Any) -> None:
 class Batcher(Generic[Put, Got]):
     """Hands items to `work` in batches of up to `most`, of which up to `room` items wait.
 
-    `work` gives one result an item, in order; a result that is an exception is raised where that item is waited for.
-    An idle thread waits up to `linger` seconds for a batch to fill. `size` is how long an item's text is, for the
-    padding. `seen` is told of each batch: how many, and the seconds that it took.
+    `work` gives one result an item, in order, which may be an exception; one that it raises is that of all its items.
+    Up to `at_once` threads call it. An idle thread waits up to `linger` seconds for a batch to fill. `size` is how long
+    an item's text is, for the padding. `seen` is told of each batch: the results, and the seconds that it took.
     """
 
     def __init__(
@@ -92,25 +93,28 @@ class Batcher(Generic[Put, Got]):
         room: int,
         linger: float = 0.0,
         size: Callable[[Put], int] = lambda item: 0,
-        seen: Callable[[int, float], None] = lambda size, seconds: None,
+        seen: Callable[[Sequence[Got | BaseException], float], None] = lambda results, seconds: None,
+        at_once: int = 1,
     ) -> None:
         self._work, self._most, self._room, self._linger = work, most, room, linger
-        self._size, self._seen = size, seen
+        self._size, self._seen, self._at_once = size, seen, at_once
         # In the order they came; a dict, because those who go away leave from anywhere in it.
-        self._waiting: dict[asyncio.Future[Got], tuple[Put, float]] = {}
+        self._waiting: dict[asyncio.Future[Got | BaseException], tuple[Put, float]] = {}
         self._arrived = asyncio.Event()
         self._pace = 0.0  # seconds an item takes, as the last batches went
-        self._busy_since: float | None = None
+        self._busy_since: dict[Worker, float] = {}
 
     async def __aenter__(self) -> Batcher[Put, Got]:
-        self.worker = Worker("router serve")
-        self._loop = asyncio.create_task(self._run())
+        self.workers = [Worker("router serve") for _ in range(self._at_once)]
+        self._loops = [asyncio.create_task(self._run(worker)) for worker in self.workers]
         return self
 
     async def __aexit__(self, *failure: object) -> None:
-        self._loop.cancel()
-        await asyncio.gather(self._loop, return_exceptions=True)
-        self.worker.end()
+        for loop in self._loops:
+            loop.cancel()
+        await asyncio.gather(*self._loops, return_exceptions=True)
+        for worker in self.workers:
+            worker.end()
 
     @property
     def waiting(self) -> int:
@@ -119,16 +123,16 @@ class Batcher(Generic[Put, Got]):
 
     @property
     def busy(self) -> float:
-        """For how many seconds the thread has been at the same batch."""
-        return 0.0 if self._busy_since is None else time.monotonic() - self._busy_since
+        """For how many seconds every thread has been at the same batch."""
+        return time.monotonic() - max(self._busy_since.values()) if len(self._busy_since) == self._at_once else 0.0
 
-    async def put(self, items: Sequence[Put]) -> list[Got]:
-        """The items' results, in order. Raises QueueFull where not all of them find a place, and what `work` raises."""
+    async def put(self, items: Sequence[Put]) -> list[Got | BaseException]:
+        """The items' results or errors, in order. Raises QueueFull where not all of them find a place."""
         if len(self._waiting) + len(items) > self._room:
-            seconds = math.ceil(self._pace * len(self._waiting))
+            seconds = math.ceil(self._pace * len(self._waiting) / self._at_once)
             raise QueueFull(max(1, min(MOST_SECONDS, seconds)))
         loop, now = asyncio.get_running_loop(), time.monotonic()
-        mine: list[asyncio.Future[Got]] = [loop.create_future() for _ in items]
+        mine: list[asyncio.Future[Got | BaseException]] = [loop.create_future() for _ in items]
         self._waiting |= {one: (item, now) for one, item in zip(mine, items, strict=True)}
         self._arrived.set()
         try:
@@ -138,31 +142,27 @@ class Batcher(Generic[Put, Got]):
                 self._waiting.pop(one, None)
                 one.cancel()
 
-    async def _run(self) -> None:
+    async def _run(self, worker: Worker) -> None:
         while True:
             await self._company()
             batch = self._take()
             if not batch:  # those who waited have gone
                 continue
-            started = self._busy_since = time.monotonic()
+            started = self._busy_since[worker] = time.monotonic()
+            results: Sequence[Got | BaseException]
             try:
-                results = await self.worker(partial(self._work, [item for item, _ in batch.values()]))
+                results = await worker(partial(self._work, [item for item, _ in batch.values()]))
             except asyncio.CancelledError:
                 raise
             except BaseException as error:
                 results = [error] * len(batch)
             finally:
-                self._busy_since = None
+                del self._busy_since[worker]
             spent = time.monotonic() - started
             self._pace = 0.8 * self._pace + 0.2 * spent / len(batch) if self._pace else spent / len(batch)
-            self._seen(len(batch), spent)
+            self._seen(results, spent)
             for answer, result in zip(batch, results, strict=True):
-                if answer.done():  # the client is gone
-                    continue
-                if isinstance(result, BaseException):
-                    answer.set_exception(result)
-                else:
-                    answer.set_result(result)
+                _give(answer, result)  # unless the client is gone
 
     async def _company(self) -> None:
         """Until something waits, and then until a batch is full or the first has waited long enough."""
@@ -176,8 +176,8 @@ class Batcher(Generic[Put, Got]):
                 async with asyncio.timeout(left):
                     await self._arrived.wait()
 
-    def _take(self) -> dict[asyncio.Future[Got], tuple[Put, float]]:
-        batch: dict[asyncio.Future[Got], tuple[Put, float]] = {}
+    def _take(self) -> dict[asyncio.Future[Got | BaseException], tuple[Put, float]]:
+        batch: dict[asyncio.Future[Got | BaseException], tuple[Put, float]] = {}
         longest = 0
         for answer, (item, since) in self._waiting.items():
             longest = max(longest, self._size(item))

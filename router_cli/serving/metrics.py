@@ -22,7 +22,12 @@ class Metrics:
         self._seconds = Histogram(
             "router_request_seconds", "From a request to its answer.", ["endpoint"], buckets=SECONDS, registry=to
         )
-        self._errors = Counter("router_errors", "Requests that got an error, by its code.", ["code"], registry=to)
+        self._errors = Counter(
+            "router_errors",
+            "Requests, and tasks of answered lists, that got an error, by its code.",
+            ["code"],
+            registry=to,
+        )
         self._sizes = Histogram("router_batch_size", "Tasks decided at once.", buckets=SIZES, registry=to)
         self._batches = Histogram("router_batch_seconds", "Time a batch takes.", buckets=SECONDS, registry=to)
         Gauge("router_queue_depth", "Tasks that wait for a batch.", registry=to).set_function(waiting)
@@ -34,7 +39,7 @@ class Metrics:
         self._dollars = Counter(
             "router_fallback_dollars", "What the fallback's answers cost, where known.", registry=to
         )
-        self.answered = self.refused = self.gone = self.given = 0
+        self.answered = self.refused = self.gone = self.given = self.fallbacks = 0
         self._paid = 0.0
 
     def came(self) -> None:
@@ -52,6 +57,10 @@ class Metrics:
         self.gone += code == "gone"
         self.refused += code not in ("", "gone", "shutting_down")
 
+    def failed(self, code: str) -> None:
+        """A task of a list got an error while others of it were decided."""
+        self._errors.labels(code).inc()
+
     def batch(self, size: int, seconds: float) -> None:
         """A batch was decided."""
         self._sizes.observe(size)
@@ -61,7 +70,9 @@ class Metrics:
         """A decision was made; `none` where nobody made one."""
         self.given += 1
         self._decisions.labels(row.decision.topology if row.decision else "none").inc()
-        if row.fallback is not None:  # "teacher (no_json)": the reason would make a series each
+        if row.fallback is not None:
+            self.fallbacks += 1
+            # "teacher (no_json)": the reason would make a series each.
             self._fallbacks.labels(row.fallback.partition(" ")[0]).inc()
 
     def paid(self, dollars: float) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,12 +120,15 @@ def _flag(body: Mapping[str, Any], name: str) -> bool:
 
 
 def _text(messages: Any, space: DecisionSpace) -> str:
-    """The task: the last user message, or what stands after `Task:` in a prompt that this program rendered."""
+    """The task: the last user message, or what stands after `Task:` in a prompt that this program rendered.
+
+    What is not read may be anything: pictures in an earlier message are nobody's concern.
+    """
     if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
         raise Refusal(400, "invalid_messages", "messages must be a list of objects with role and content", "messages")
-    said = [(one.get("role"), _content(one.get("content"), place)) for place, one in enumerate(messages)]
+    said = [(one.get("role"), _content(one.get("content"))) for one in messages]
     asked = [content for role, content in said if role == "user"]
-    system = next((content for role, content in said if role in ("system", "developer")), "")
+    system = next((content for role, content in said if role in ("system", "developer")), None) or ""
     if system.startswith(OPENING):
         ours = prompts.router_messages("", space)[0].content
         if system.partition("\n")[0] == ours.partition("\n")[0] and system != ours:
@@ -134,30 +137,42 @@ def _text(messages: Any, space: DecisionSpace) -> str:
                 400, "other_space", f"{words} in up to {space.step_bound} steps; the prompt says otherwise", "messages"
             )
         # After an answer that a client finds invalid, the last user message is its complaint.
-        asked = [one.removeprefix("Task:") for one in asked if one.startswith("Task:")]
-    text = asked[-1].strip() if asked else ""
+        asked = [one.removeprefix("Task:") for one in asked if one is not None and one.startswith("Task:")]
+    if asked and asked[-1] is None:
+        words = "the last user message must be whole text: a router reads no more"
+        raise Refusal(400, "invalid_content", words, "messages")
+    text = (asked[-1] or "").strip() if asked else ""
     if not text:
         raise Refusal(400, "no_task", "messages must hold a user message with the task", "messages")
     return text
 
 
-def _content(content: Any, place: int) -> str:
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    # An assistant's message that calls tools has no content.
-    if parts is not None and not isinstance(parts, list):
-        raise Refusal(400, "invalid_content", f"messages[{place}].content must be a text", "messages")
-    texts = [one.get("text") if isinstance(one, dict) and one.get("type") == "text" else None for one in parts or ()]
-    if not all(isinstance(text, str) and whole(text) for text in texts):
-        raise Refusal(400, "invalid_content", f"messages[{place}].content must be whole text: a router reads no more")
-    return "\n".join(map(str, texts))
+def _content(content: Any) -> str | None:
+    """A message's text; None where it is not text alone."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+    if not isinstance(parts, list):
+        return None
+    texts = [one.get("text") if isinstance(one, dict) and one.get("type") == "text" else None for one in parts]
+    return "\n".join(map(str, texts)) if all(isinstance(text, str) and whole(text) for text in texts) else None
 
 
 # -- answers --------------------------------------------------------------------------------------------------
 
 
-def routed(rows: Sequence[Prediction], many: bool) -> dict[str, Any]:
-    """The answer of `POST /v1/route`: the row of `router infer`, or all of them under `predictions`."""
-    found = [row.model_dump(mode="json") for row in rows]
+def routed(
+    tasks: Sequence[Task],
+    rows: Sequence[Prediction | BaseException],
+    many: bool,
+    failure: Callable[[BaseException], dict[str, Any]],
+) -> dict[str, Any]:
+    """The answer of `POST /v1/route`: the row of `router infer`, or all of them under `predictions`.
+
+    In the place of a task that nobody decided stands its id with what `failure` makes of its error.
+    """
+    found = [
+        {"task_id": task.id, **failure(row)} if isinstance(row, BaseException) else row.model_dump(mode="json")
+        for task, row in zip(tasks, rows, strict=True)
+    ]
     return {"predictions": found} if many else found[0]
 
 

@@ -79,6 +79,9 @@ class Teacher(Protocol):
     def expected(self, task: Task, space: DecisionSpace, strategy: Strategy) -> Usage:
         """What one `ask` will use, without asking: tokens, requests, cost (None: unknown), as answers went so far."""
 
+    def resume(self) -> None:
+        """Ask again after an endpoint has refused for good, which in a long life may be over; the budget stays."""
+
     async def close(self) -> None:
         """Let go of connections."""
 
@@ -100,6 +103,9 @@ class OfflineTeacher:
 
     def recall(self, learnt: dict[str, Any]) -> None:
         """There is no endpoint."""
+
+    def resume(self) -> None:
+        """Nobody refuses."""
 
     async def close(self) -> None:
         """Nothing to let go of."""

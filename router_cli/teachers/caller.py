@@ -82,6 +82,11 @@ class Caller:
         """Close the connections."""
         await self._client.close()
 
+    def resume(self) -> None:
+        """Send again after a final refusal: what refused may have come back. What is spent stays spent."""
+        self._stopped = None
+        self._stop.clear()
+
     # -- one request, until it is answered or given up --------------------------------------------------------
 
     async def _send(self, messages: list[dict[str, str]], space: DecisionSpace | None, sample: int) -> Reply:

@@ -13,7 +13,6 @@ from typing import Any
 
 from router_cli import ranks
 from router_cli.backends.decoding import Decoder
-from router_cli.backends.device import give_back, out_of_memory
 from router_cli.jsonl import read_json, write_json
 from router_cli.progress import Bar, Progress
 from router_cli.schema import Example
@@ -60,16 +59,12 @@ def rising(log: Sequence[dict[str, Any]]) -> str:
     return f"the loss rises: {means[best]:.3f} in the mean over {size * spacing} steps at its best, {means[-1]:.3f} now"
 
 
-DECIDED = 32
-"""Validation tasks that are decided at once, at first."""
-
-
 class HeldOut:
     """The validation tasks, decided by the decoder that serves, asked in at most `max_length` tokens."""
 
     def __init__(self, tokenizer: Any, space: DecisionSpace, examples: Sequence[Example], max_length: int) -> None:
         self._tokenizer, self._space, self._examples = tokenizer, space, examples
-        self._max_length, self._rows = max_length, DECIDED
+        self._max_length = max_length
 
     def score(self, model: Any) -> float | None:
         """Macro-F1 of the topology over the validation tasks; None where there are none."""
@@ -77,25 +72,15 @@ class HeldOut:
 
         if not self._examples:
             return None
+        decoder = Decoder(model, self._tokenizer, self._space, max_length=self._max_length)
         names = self._space.topologies
         # Each of several processes decides its share.
-        shares = ranks.gathered(self._decided(model, self._examples[ranks.rank() :: ranks.count()]))
+        mine = self._examples[ranks.rank() :: ranks.count()]
+        shares = ranks.gathered(decoder.topologies([decoder.prompt(example.text) for example in mine]))
         found = [shares[i % len(shares)][i // len(shares)] for i in range(len(self._examples))]
         gold = np.array([names.index(example.decision.topology) for example in self._examples])
         predicted = np.array([names.index(name) for name in found])
         return float(metrics.macro_f1(gold, predicted, len(names)))
-
-    def _decided(self, model: Any, examples: Sequence[Example]) -> list[str]:
-        """The topology of each, as many at once as memory holds beside the training."""
-        while True:
-            decoder = Decoder(model, self._tokenizer, self._space, self._rows, max_length=self._max_length)
-            try:
-                return decoder.topologies([decoder.prompt(example.text) for example in examples])
-            except (RuntimeError, MemoryError) as error:
-                if self._rows == 1 or not out_of_memory(error):
-                    raise
-            self._rows //= 2
-            give_back()
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def test_a_server_that_is_told_to_end_answers_what_is_in_flight(how: signal.Sign
 
     with FakeTeacher(behave=behave) as teacher:
         options, environ = remote(teacher)
-        with server(*options, environ=environ) as (url, process):
+        with server(*options, environ={**environ, "ROUTER_LABEL__CONCURRENCY": "1"}) as (url, process):
             # The second waits in the queue while the first is being decided.
             first = asked(url, "Sort a list.")
             until(lambda: len(teacher.calls) == 1)

@@ -11,18 +11,21 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from router_cli.api import Router
+from router_cli.api import Router, _asked, _Queue, _work
 from router_cli.errors import SettingsError, TeacherError, UsageError
+from router_cli.fallback import Fallback, make_fallback
 from router_cli.schema import Decision, Prediction
 from router_cli.space import DecisionSpace
 from router_cli.tasks import stable_id
 from router_cli.train import train
 from tests.fake_teacher import Call, FakeTeacher, Reply
+from tests.serving import Gated, settings, until
 from tests.training import Recorder, label_rows, train_settings, write_rows
 
 Tiny = Callable[..., Path]
@@ -159,6 +162,50 @@ def test_a_teacher_is_asked_and_its_refusal_reaches_who_asked(tiny_folder: Tiny)
         pytest.raises(TeacherError),
     ):
         router.decide("Sort")
+
+
+def test_a_teacher_that_comes_back_is_asked_again(tiny_folder: Tiny) -> None:
+    there = threading.Event()
+    base = {"base": str(tiny_folder("smollm")), "models__dtype": "float32", "min_confidence": 1.0}
+    base |= {"fallback": "teacher", "endpoint__retries": 0}
+    with (
+        FakeTeacher(behave=lambda call: None if there.is_set() else Reply(status=401)) as server,
+        Router.load(endpoint__base_url=server.url, **base) as router,
+    ):
+        with pytest.raises(TeacherError):
+            router.decide("Sort")
+        there.set()
+        assert router.decide("Sort").fallback == "teacher"
+
+
+def together(texts: list[str], unsure: Fallback | None = None) -> list[Prediction | BaseException | None]:
+    """What those get who ask at the same time, each for one task."""
+    asked, queue = [_asked(text) for text in texts], _Queue()
+    for one in asked:
+        queue.put([one])
+    queue.put(None)
+    _work(queue, Gated(lambda text: 0.4 if "doubtful" in text else 0.9), unsure, len(texts), ExitStack())
+    return [one.answer.exception(0) or one.answer.result() for one in asked]
+
+
+def test_a_task_that_breaks_the_model_breaks_nobody_elses_answer() -> None:
+    found = together(["good", "broken", "fine"])
+    assert [isinstance(one, Prediction) for one in found] == [True, False, True]
+    assert isinstance(found[1], RuntimeError)
+    assert all(isinstance(one, TeacherError) for one in together(["good", "refused"]))  # a server refuses all
+
+
+def test_a_refusing_teacher_is_an_error_for_the_unsure_alone() -> None:
+    def behave(call: Call) -> Reply | None:
+        until(lambda: len(server.calls) == 2)  # both are on their way before one is refused
+        return Reply(status=401) if "bad" in call.task else None
+
+    with FakeTeacher(behave=behave) as server:
+        values = {"infer__min_confidence": 0.5, "infer__fallback": "teacher", "endpoint__base_url": server.url}
+        unsure = make_fallback(settings(**values, endpoint__api_key="k"), [], None)
+        found = together(["bad, doubtful", "broken", "sure", "doubtful"], unsure)
+    assert isinstance(found[0], TeacherError) and isinstance(found[1], RuntimeError)
+    assert [one.fallback for one in found[2:] if isinstance(one, Prediction)] == [None, "teacher"]
 
 
 # -- docs/python.md ---------------------------------------------------------------------------------------------

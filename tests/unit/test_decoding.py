@@ -405,6 +405,48 @@ def test_a_row_that_is_decided_is_fed_no_more(tiny_folder: Callable[..., Path]) 
     assert any(len(set(rows)) > 2 for rows in sizes), "batches shrink more than once"
 
 
+@contextmanager
+def holding(model: Any, rows: int) -> Iterator[list[int]]:
+    """A machine whose memory holds passes of at most so many rows; the sizes of the passes that were tried."""
+    import torch
+
+    tried: list[int] = []
+
+    def hook(module: Any, args: Any, given: Any) -> None:
+        tried.append(len(given["input_ids"]))
+        if tried[-1] > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield tried
+    finally:
+        handle.remove()
+
+
+def test_where_memory_is_short_fewer_are_decided_at_once_and_alike(tiny_folder: Callable[..., Path]) -> None:
+    model, tokenizer = load(tiny_folder("smollm"))
+    asked = encoded([f"Sort the list {i}." * (1 + i % 3) for i in range(13)], tokenizer)
+    expected = Decoder(model, tokenizer, SPACE).decide(asked)
+    decoder = Decoder(model, tokenizer, SPACE)
+    with holding(model, 3) as tried:
+        for one, other in zip(decoder.decide(asked), expected, strict=True):
+            same(one, other)
+        assert decoder.batch_size == 3 and max(tried) > 3
+        tried.clear()
+        decoder.decide(asked)
+        assert max(tried) == 3  # what was found out is not tried again
+    import torch
+
+    with holding(model, 0), pytest.raises(torch.OutOfMemoryError):
+        decoder.decide(asked)
+    # The constant prefix that could not be encoded is encoded anew.
+    decoder = Decoder(model, tokenizer, SPACE)
+    with holding(model, 0), pytest.raises(torch.OutOfMemoryError):
+        decoder.decide(asked)
+    same(decoder.decide(asked)[0], expected[0])
+
+
 def test_a_task_beyond_what_fits_is_shortened_in_its_middle(router: tuple[Any, Any]) -> None:
     model, tokenizer = router
     decoder = Decoder(model, tokenizer, SPACE, max_length=300)

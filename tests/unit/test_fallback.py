@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -15,14 +16,16 @@ from router_cli import prompts
 from router_cli.backends.local import META
 from router_cli.cli import main
 from router_cli.errors import BudgetReached, ModelError, OutputError, TeacherError, UsageError
-from router_cli.infer import InferResult, infer
-from router_cli.schema import Prediction
+from router_cli.fallback import Fallback, make_fallback
+from router_cli.infer import InferResult, infer, predict
+from router_cli.schema import Prediction, Task
 from router_cli.settings import load
 from router_cli.space import DecisionSpace
 from router_cli.summaries.infer import decided
 from router_cli.teachers import heuristic
 from router_cli.train import train
-from tests.fake_teacher import FakeTeacher, Reply
+from tests.fake_teacher import Call, FakeTeacher, Reply
+from tests.serving import Gated, until
 from tests.training import Recorder, label_rows, train_settings, write_rows
 from tests.unit.test_infer import logprobs, with_logprobs
 
@@ -227,6 +230,99 @@ def test_what_was_paid_for_stands_when_the_teacher_ends(adapter: Path, tmp_path:
         result = run(adapter, data, **values)
         assert (result.resumed, result.decided) == (paid, 8 - paid)
         assert len(server.ledger) == 8 and set(server.answered().values()) == {1}
+
+
+def test_answers_behind_a_gap_are_counted_and_said(adapter: Path, tmp_path: Path) -> None:
+    data, output, said = tasks_file(tmp_path), tmp_path / "out.jsonl", Recorder()
+    gap = json.loads(data.read_text().splitlines()[1])["task"]
+
+    def behave(call: Call) -> Reply | None:
+        until(lambda: len(server.calls) == 4)  # all are on their way before one is refused
+        return Reply(status=401) if call.task == gap else None
+
+    with FakeTeacher(behave=behave) as server:
+        with pytest.raises(TeacherError):
+            run(adapter, data, said, **to_teacher(server, min_confidence=1, output=output, label__concurrency=4))
+        assert len(output.read_text().splitlines()) == 1
+        [bill] = [line for line in said.notices if "the fallback's answers so far" in line]
+        assert f"3 requests, ${server.cost:.4f}; those to 2 tasks behind the one that got none are lost" in bill
+
+
+def asking(server: FakeTeacher, **more: Any) -> Fallback:
+    """A fallback of the teacher for a life of many calls."""
+    values = {"min_confidence": 1.0, "endpoint__retries": 0, **to_teacher(server, **more)}
+    chosen = {f"infer.{key}" if "__" not in key else key.replace("__", "."): value for key, value in values.items()}
+    return make_fallback(load({key: ("test", str(value)) for key, value in chosen.items()}, environ={}), [], None)
+
+
+def outcomes(unsure: Fallback, *texts: str) -> list[Prediction | BaseException]:
+    tasks = [Task(id=text, text=text) for text in texts]
+    return list(unsure.outcomes(tasks, predict(Gated(), tasks)))
+
+
+def test_every_row_has_its_own_outcome_and_all_that_was_paid_is_known() -> None:
+    wrong = json.dumps({"topology": "ring"})
+
+    def behave(call: Call) -> Reply | None:
+        if call.task == "c" and call.turn == 0:
+            return Reply(wrong)
+        if call.task == "c":  # all are answered before it is refused, with one answer of its own paid for
+            until(lambda: len(server.ledger) == 4)
+            return Reply(status=401)
+        return None
+
+    with FakeTeacher(behave=behave) as server, asking(server, label__concurrency=4) as unsure:
+        found = outcomes(unsure, "a", "b", "c", "d", "e")
+        # What comes behind the refusal is not asked in the same breath.
+        assert [isinstance(one, TeacherError) for one in found] == [False, False, True, False, True]
+        assert {one.fallback for one in found if isinstance(one, Prediction)} == {"teacher"}
+        assert (len(server.ledger), len(server.calls)) == (4, 5)
+        assert unsure.usage.cost_usd == pytest.approx(server.cost) and unsure.usage.attempts == 4
+        assert dict(unsure.counts) == {"teacher": 3}
+
+
+def test_a_row_without_a_probability_is_an_error_of_its_own() -> None:
+    with FakeTeacher() as server, asking(server) as unsure:
+        tasks = [Task(id=text, text=text) for text in "ab"]
+        first, second = predict(Gated(), tasks)
+        bare = first.model_copy(update={"probability": None, "topologies": None})
+        found = list(unsure.outcomes(tasks, [bare, second]))
+    assert isinstance(found[0], UsageError) and isinstance(found[1], Prediction) and found[1].fallback == "teacher"
+
+
+@pytest.mark.parametrize(
+    ("refusal", "times"),
+    [(Reply(status=401), 1), (Reply(status=503), 3), (Reply(drop=True), 3)],
+    ids=["no key", "down", "drops"],
+)
+def test_a_teacher_that_comes_back_is_asked_again(refusal: Reply, times: int) -> None:
+    there = threading.Event()
+    with FakeTeacher(behave=lambda call: None if there.is_set() else refusal) as server, asking(server) as unsure:
+        for _ in range(times - 1):  # given up, and not yet taken to be down
+            [row] = outcomes(unsure, "x")
+            assert isinstance(row, Prediction) and row.fallback == "teacher (no_answer)"
+        for _ in range(2):
+            [error] = outcomes(unsure, "x")
+            assert isinstance(error, TeacherError)
+        there.set()
+        for text in ("x", "y"):
+            [row] = outcomes(unsure, text)
+            assert isinstance(row, Prediction) and row.fallback == "teacher" and row.decision
+
+
+def test_what_is_spent_stays_spent_when_a_teacher_comes_back() -> None:
+    # A request's worst case is some cents; its cost a tenth of that.
+    refused = {1, 3}
+    with (
+        FakeTeacher(behave=lambda call: Reply(status=401) if call.number in refused else None) as server,
+        asking(server, label__max_cost=0.02) as unsure,
+    ):
+        found = [outcomes(unsure, f"task {i}")[0] for i in range(12)]
+        assert [isinstance(one, TeacherError) for one in found[:5]] == [False, True, False, True, False]
+        ended = [isinstance(one, BudgetReached) for one in found]
+        assert ended == sorted(ended) and ended[-1] and not ended[4]
+        assert unsure.usage.cost_usd == pytest.approx(server.cost) and 0 < server.cost <= 0.02
+        assert len(server.calls) == ended.index(True)  # nothing is sent for those
 
 
 def test_another_teacher_is_another_file(adapter: Path, tmp_path: Path) -> None:

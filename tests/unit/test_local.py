@@ -158,3 +158,20 @@ def test_what_tasks_are_shortened_to_is_what_holds_here(tiny_folder: Tiny, tmp_p
         [choice] = LocalBackend(settings(base), said).decide([long])
         assert choice.usage is not None and choice.usage.prompt_tokens <= int(words.split()[0])
         assert said.warnings == [f"tasks that take more than {words}, are shortened in their middle"]
+
+
+def test_tasks_that_memory_does_not_hold_together_are_decided_in_turn(tiny_folder: Tiny) -> None:
+    from tests.training import Recorder
+    from tests.unit.test_decoding import holding
+
+    base, said = tiny_folder("smollm"), Recorder()
+    backend = LocalBackend(settings(base), said)
+    texts = [f"Sort list {i}." for i in range(6)]
+    expected = [choice.decision for choice in backend.decide(texts)]
+    with holding(backend.model, 1):
+        assert [choice.decision for choice in backend.decide(texts)] == expected
+        backend.decide(texts)
+    assert said.warnings == ["memory holds 1 tasks at once, not --batch-size 32"]
+    with holding(backend.model, 0), pytest.raises(ModelError) as error:
+        backend.decide(texts)
+    assert one_line(error).startswith(f"{base}: out of memory on the ")

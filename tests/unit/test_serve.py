@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
 import platform
 import re
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,19 +21,22 @@ import pytest
 from router_cli import prompts
 from router_cli.backends.heuristic import HeuristicBackend
 from router_cli.backends.local import LocalBackend
+from router_cli.backends.remote import RemoteBackend
 from router_cli.cli import main
-from router_cli.errors import SettingsError, UsageError
+from router_cli.errors import ModelError, SettingsError, UsageError
 from router_cli.fallback import make_fallback
 from router_cli.infer import infer, predict
 from router_cli.schema import Prediction, Task
-from router_cli.serve import _tidied, serve
+from router_cli.serve import ServeResult, _tidied, serve
+from router_cli.serving.batching import Batcher, QueueFull
 from router_cli.serving.shapes import OPENING
 from router_cli.space import DecisionSpace
+from router_cli.summaries.serve import served as summary
 from router_cli.tasks import stable_id
 from router_cli.train import train
 from tests.fake_teacher import Call, FakeTeacher, Reply
 from tests.serving import SPACE, Gated, Served, ask, serving, settings, until
-from tests.training import label_rows, train_settings, write_rows
+from tests.training import Recorder, label_rows, train_settings, write_rows
 
 TASKS = ["Sort a list of integers", "Plan the module, build it, then test it.", "测试这个模块 🙂", "x " * 500 + "end"]
 TOKEN = "a-token-of-20-letters"
@@ -160,6 +165,22 @@ def test_the_last_user_message_is_the_task(rules: Served) -> None:
     assert json.loads(answer["choices"][0]["message"]["content"]) == alone["decision"]
 
 
+def test_what_is_no_text_is_refused_in_the_message_that_is_read_alone(rules: Served) -> None:
+    picture = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]}
+    asked = {"role": "user", "content": "Sort a list"}
+
+    def post(*messages: Any) -> Any:
+        return rules.post("/v1/chat/completions", {"model": "router", "messages": list(messages)})
+
+    answer = post(picture, {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, asked)
+    alone = rules.post("/v1/route", {"task": "Sort a list"}).json
+    assert json.loads(answer.json["choices"][0]["message"]["content"]) == alone["decision"]
+    assert post({**picture, "role": "system"}, asked).status == 200
+    assert (post(asked, picture).status, post(asked, picture).code) == (400, "invalid_content")
+    ours = [message.model_dump() for message in prompts.router_messages("Sort a list", SPACE)]
+    assert post(ours[0], picture, *ours[1:]).status == 200
+
+
 def test_the_task_of_a_rendered_prompt_is_what_stands_in_it() -> None:
     backend = Gated()
     rendered = [message.model_dump() for message in prompts.router_messages("Sort.", SPACE)]
@@ -260,6 +281,22 @@ def test_a_token_is_asked_for_everywhere_but_by_the_probes() -> None:
         assert not served.said.warnings
 
 
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8808", "127.0.0.1.evil.example", "10.0.0.1", "[::1"])
+def test_a_page_that_points_its_name_here_is_not_answered(host: str) -> None:
+    with serving(Gated()) as served:
+        for answer in (served.post("/v1/route", {"task": "x"}, Host=host), served.get("/metrics", Host=host)):
+            assert (answer.status, answer.code) == (421, "wrong_host")
+        assert served.get("/healthz", Host=host).status == served.get("/readyz", Host=host).status == 200
+    with serving(Gated(), token=TOKEN) as served:  # a page does not know it
+        assert served.post("/v1/route", {"task": "x"}, Host=host, Authorization=f"Bearer {TOKEN}").status == 200
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:8808", "127.8.9.1", "[::1]:8808", "here.lan"])
+def test_this_machines_own_names_are_answered(host: str) -> None:
+    with serving(Gated(), host="Here.lan") as served:
+        assert served.post("/v1/route", {"task": "x"}, Host=host).status == 200
+
+
 @pytest.mark.parametrize("token", ["short", "white space in the middle", "umlaut-ä-is-not-ascii"])
 def test_a_weak_token_is_refused_and_not_shown(token: str) -> None:
     with pytest.raises(SettingsError, match=r"serve\.token .*16 or more") as error:
@@ -338,6 +375,20 @@ def test_a_full_queue_says_when_to_come_back_and_loses_nobody() -> None:
     assert served.metric("router_errors_total", code="queue_full") == 2
 
 
+def test_the_time_to_stay_away_counts_all_that_work_at_once() -> None:
+    async def told(at_once: int) -> int:
+        batcher = Batcher[str, str](lambda items: items, 1, 10, at_once=at_once)  # nobody works yet
+        batcher._pace = 4.0
+        waiting = asyncio.ensure_future(batcher.put(["x"] * 10))
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull) as full:
+            await batcher.put(["x"])
+        waiting.cancel()
+        return full.value.seconds
+
+    assert [asyncio.run(told(at_once)) for at_once in (1, 4)] == [40, 10]
+
+
 def test_a_client_that_goes_away_frees_its_place_and_is_never_decided_for() -> None:
     backend = Gated()
     backend.open.clear()
@@ -345,7 +396,8 @@ def test_a_client_that_goes_away_frees_its_place_and_is_never_decided_for() -> N
         first = served.later("/v1/route", {"task": "first"})
         until(lambda: len(backend.batches) == 1)
         body = json.dumps({"tasks": ["gone"] * 3}).encode()
-        head = f"POST /v1/route HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        head = "POST /v1/route HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}"
         with socket.create_connection(("127.0.0.1", served.port)) as connection:
             connection.sendall(f"{head}\r\n\r\n".encode() + body)
             until(lambda: served.waiting == 3)
@@ -395,6 +447,120 @@ def test_a_task_that_breaks_the_model_breaks_nobody_elses_answer() -> None:
     assert {text: one.status for text, one in answers.items()} == {"good": 200, "broken": 500, "fine": 200}
     assert answers["broken"].json["error"]["type"] == "server_error" and "memory" not in answers["broken"].text
     assert any("RuntimeError: out of memory" in line for line in served.said.warnings)
+
+
+def test_of_many_tasks_those_that_fail_stand_among_the_decided() -> None:
+    with serving(Gated()) as served:
+        answer = served.post("/v1/route", {"tasks": ["good", {"id": "mine", "task": "broken"}, "fine"]})
+        rows = answer.json["predictions"]
+        assert answer.status == 200 and [row["task_id"] for row in rows] == [
+            stable_id("good"),
+            "mine",
+            stable_id("fine"),
+        ]
+        assert rows[0]["decision"] and rows[2]["decision"]
+        assert set(rows[1]) == {"task_id", "error"} and rows[1]["error"]["code"] == "internal"
+        assert served.metric("router_errors_total", code="internal") == 1
+        assert served.metric("router_decisions_total") == 2
+        assert served.metric("router_requests_total", status="200") == 1
+        for body in ({"tasks": ["broken", "broken too"]}, {"task": "broken"}, {"tasks": ["broken"]}):
+            none = served.post("/v1/route", body)
+            assert (none.status, none.code) == (500, "internal")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error"), ModelError("the model gives no finite logits")])
+def test_a_model_that_decides_nothing_any_more_is_not_ready(error: Exception) -> None:
+    backend = Gated()
+    with serving(backend) as served:
+        for failed in range(5):
+            backend.error = None if failed == 2 else error  # two are no row
+            answer = served.post("/v1/route", {"tasks": ["x", "y"]})
+            assert failed == 2 or (answer.status, answer.code) == (500, "internal")
+            assert served.get("/readyz").status == 200
+        backend.error = error
+        served.post("/v1/route", {"tasks": ["x", "y"]})
+        assert (served.get("/readyz").status, served.get("/readyz").code) == (503, "broken")
+        assert served.get("/healthz").status == 200
+        backend.error = None
+        assert served.get("/readyz").status == served.get("/readyz").status == 200
+
+
+def test_tasks_that_break_the_model_or_that_a_server_refuses_are_no_broken_model() -> None:
+    backend = Gated()
+    with serving(backend) as served:
+        for _ in range(5):
+            served.post("/v1/route", {"task": "broken"})
+        assert served.get("/readyz").status == 200 and served.post("/v1/route", {"task": "x"}).status == 200
+        before = len(backend.batches)
+        for _ in range(5):
+            served.post("/v1/route", {"task": "refused"})
+        assert served.get("/readyz").status == 200 and len(backend.batches) == before + 5  # it is not even asked
+
+
+# -- a server behind --------------------------------------------------------------------------------------------
+
+
+def behind(teacher: FakeTeacher, **more: Any) -> dict[str, Any]:
+    values = {"infer__backend": "remote", "infer__model": "m", "endpoint__base_url": teacher.url}
+    return {**values, "endpoint__api_key": "k", "endpoint__retries": 0, **more}
+
+
+def test_a_slow_answer_of_the_server_behind_delays_nobody() -> None:
+    answering = threading.Event()
+
+    def behave(call: Call) -> Reply | None:
+        assert "slow" not in call.task or answering.wait(30)
+        return None
+
+    with FakeTeacher(behave=behave) as teacher:
+        values = behind(teacher, label__concurrency=4, time_limit=20, batch_wait_ms=1000)
+        with serving(RemoteBackend(settings(**values)), **values) as served:
+            slow = served.later("/v1/route", {"tasks": ["slow", "slow too"]})
+            beside = served.later("/v1/route", {"task": "quick"})  # in time to share a batch, if there were any
+            assert beside.get().status == 200
+            until(lambda: len(teacher.calls) == 3)
+            assert served.post("/v1/route", {"tasks": [f"quick {i}" for i in range(9)]}).status == 200
+            answering.set()
+            assert slow.get().status == 200
+
+
+def test_it_is_stuck_when_all_that_wait_for_the_server_behind_hang() -> None:
+    answering = threading.Event()
+
+    def behave(call: Call) -> Reply | None:
+        assert "slow" not in call.task or answering.wait(30)
+        return None
+
+    with FakeTeacher(behave=behave) as teacher:
+        values = behind(teacher, label__concurrency=2, time_limit=1.0)
+        with serving(RemoteBackend(settings(**values)), **values) as served:
+            assert served.post("/v1/route", {"task": "slow"}).status == 504
+            assert served.get("/readyz").status == 200 and served.post("/v1/route", {"task": "quick"}).status == 200
+            assert served.post("/v1/route", {"task": "slow"}).status == 504
+            until(lambda: served.get("/readyz").status == 503)
+            assert served.get("/readyz").code == "stuck"
+            answering.set()
+            until(lambda: served.get("/readyz").status == 200)
+
+
+def test_a_refusal_of_the_server_behind_ends_no_other_request() -> None:
+    answering = threading.Event()
+
+    def behave(call: Call) -> Reply | None:
+        if "refused" in call.task:
+            return Reply(status=401)
+        assert "slow" not in call.task or answering.wait(30)
+        return None
+
+    with FakeTeacher(behave=behave) as teacher:
+        values = behind(teacher)
+        with serving(RemoteBackend(settings(**values)), **values) as served:
+            slow = served.later("/v1/route", {"task": "slow"})
+            until(lambda: len(teacher.calls) == 1)
+            assert served.post("/v1/route", {"task": "refused"}).status == 502
+            answering.set()
+            assert slow.get().status == 200
+            assert served.post("/v1/route", {"task": "quick"}).status == 200
 
 
 def test_what_the_server_behind_says_is_handed_on() -> None:
@@ -459,9 +625,93 @@ def test_a_teacher_that_refuses_is_an_error_for_the_unsure_alone() -> None:
         values = unsure_settings(fallback="teacher", endpoint__base_url=teacher.url, endpoint__api_key="k")
         unsure = make_fallback(settings(**values), [], None)
         with serving(Gated(doubtful), unsure, **values) as served:
-            answer = served.post("/v1/route", {"task": "doubtful"})
-            assert (answer.status, answer.code) == (502, "upstream")
+            for body in ({"task": "doubtful"}, {"tasks": ["doubtful", "doubtful too"]}):
+                answer = served.post("/v1/route", body)
+                assert (answer.status, answer.code) == (502, "upstream")
             assert served.post("/v1/route", {"task": "sure"}).status == 200
+            answer = served.post("/v1/route", {"tasks": ["sure", "doubtful"]})
+            sure, none = answer.json["predictions"]
+            assert answer.status == 200 and sure["decision"] and none["error"]["code"] == "upstream"
+            assert none["task_id"] == stable_id("doubtful") and "401" in none["error"]["message"]
+
+
+def test_what_the_teacher_answered_stands_beside_what_it_refused() -> None:
+    def behave(call: Call) -> Reply | None:
+        until(lambda: len(teacher.calls) == 4)  # all are on their way before one is refused
+        return Reply(status=401) if "doubtful 1" in call.task else None
+
+    with FakeTeacher(behave=behave) as teacher:
+        values = unsure_settings(fallback="teacher", endpoint__base_url=teacher.url, endpoint__api_key="k")
+        values |= {"label__price_in": 2.5, "label__price_out": 10.0}
+        unsure = make_fallback(settings(**values), [], None)
+        with serving(Gated(doubtful), unsure, **values) as served:
+            rows = served.post("/v1/route", {"tasks": [f"doubtful {i}" for i in range(4)]}).json["predictions"]
+            assert ["error" in row for row in rows] == [False, True, False, False]
+            assert [row.get("fallback") for row in rows] == ["teacher", None, "teacher", "teacher"]
+            assert served.metric("router_fallback_dollars_total") == pytest.approx(teacher.cost) and teacher.cost > 0
+    assert unsure.usage.attempts == 3 and served.service.metrics.fallbacks == 3
+
+
+def test_a_teacher_that_comes_back_is_asked_again() -> None:
+    there = threading.Event()
+    with FakeTeacher(behave=lambda call: None if there.is_set() else Reply(status=401)) as teacher:
+        values = unsure_settings(fallback="teacher", endpoint__base_url=teacher.url, endpoint__api_key="k")
+        with serving(Gated(doubtful), make_fallback(settings(**values), [], None), **values) as served:
+            assert [served.post("/v1/route", {"task": "doubtful"}).status for _ in range(2)] == [502, 502]
+            there.set()
+            assert served.post("/v1/route", {"task": "doubtful"}).json["fallback"] == "teacher"
+
+
+def test_where_the_teachers_queue_is_full_the_sure_are_answered() -> None:
+    answering = threading.Event()
+
+    def behave(call: Call) -> Reply | None:
+        assert answering.wait(30)
+        return None
+
+    with FakeTeacher(behave=behave) as teacher:
+        values = unsure_settings(fallback="teacher", endpoint__base_url=teacher.url, endpoint__api_key="k")
+        values |= {"label__concurrency": 1, "queue": 2}
+        with serving(Gated(doubtful), make_fallback(settings(**values), [], None), **values) as served:
+            waiting = [served.later("/v1/route", {"task": "doubtful"})]
+            until(lambda: len(teacher.calls) == 1)
+            waiting.append(served.later("/v1/route", {"tasks": ["doubtful", "doubtful"]}))
+            until(lambda: served.waiting == 2)
+            sure, none = served.post("/v1/route", {"tasks": ["sure", "doubtful"]}).json["predictions"]
+            assert sure["decision"] and none["error"]["code"] == "queue_full"
+            refused = served.post("/v1/route", {"task": "doubtful"})
+            assert (refused.status, refused.code) == (429, "queue_full") and "retry-after" in refused.headers
+            answering.set()
+            assert [one.get().status for one in waiting] == [200, 200]
+
+
+def test_the_end_tells_the_fallbacks_and_their_price() -> None:
+    said, results = Recorder(), list[ServeResult]()
+
+    def behave(call: Call) -> Reply | None:  # as the router it has no valid answer, as the teacher it has
+        return Reply("no idea", usage=None) if call.body["model"] == "m" else None
+
+    def ask_and_end() -> None:
+        until(lambda: bool(said.notices))
+        url = said.notices[-1].split(" at ")[1].split(",")[0]
+        try:
+            ask(f"{url}/route", {"tasks": ["Sort a list", "Sort another list"]})
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with FakeTeacher(behave=behave) as teacher:
+        values = behind(teacher, **unsure_settings(fallback="teacher"), label__reask=0, port=0)
+        values |= {"label__price_in": 2.5, "label__price_out": 10.0}
+        asking = threading.Thread(target=ask_and_end)
+        asking.start()
+        results.append(serve(settings(**values), said))
+        asking.join()
+    [result] = results
+    assert (result.decisions, result.fallbacks) == (2, 2)
+    assert result.fallback_dollars == pytest.approx(teacher.cost) and teacher.cost > 0
+    assert f"2 decisions, 0 refused, 2 fallbacks (${teacher.cost:.4f})" in str(summary(result)[0])
+    assert summary(result)[1]["fallbacks"] == 2
+    assert "fallback" not in str(summary(ServeResult(1, 0, 0, 0, 1, 0, 0.0, 1.0))[0])
 
 
 # -- metrics ----------------------------------------------------------------------------------------------------
@@ -524,3 +774,14 @@ def test_freed_memory_goes_back_every_so_often(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("router_cli.serve.HAND_BACK_SECONDS", 0.0)
     _tidied(decide)([])
     assert resident() < grown - 50_000_000
+
+
+def test_a_server_keeps_few_compiled_products_unless_it_is_told_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    from router_cli.backends.device import keep_few_kernels
+
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    keep_few_kernels()
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    keep_few_kernels()
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "256"

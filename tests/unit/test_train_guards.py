@@ -152,32 +152,20 @@ def test_weights_that_are_no_numbers_are_never_gone_on_from(
     assert torch.load(newest / "optimizer.pt", weights_only=True)
 
 
-def test_held_out_tasks_are_asked_as_long_as_served_ones_and_fewer_at_once_where_memory_is_short(
+def test_held_out_tasks_are_asked_in_as_many_tokens_as_served_ones(
     tiny_folder: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
+    limits: list[int] = []
 
-    made: list[tuple[int, int | None]] = []
-
-    class Short(watch.Decoder):
-        """A decoder on a machine that takes no more than two tasks at once."""
-
-        def __init__(self, model: Any, tokenizer: Any, space: Any, rows: int, max_length: int | None = None) -> None:
-            super().__init__(model, tokenizer, space, rows, max_length=max_length)
-            made.append((rows, max_length))
-
+    class Noted(watch.Decoder):
         def topologies(self, encoded: Any) -> list[str]:
-            if self._batch_size > 2:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            limits.append(self.limit)
             return super().topologies(encoded)
 
-    monkeypatch.setattr(watch, "Decoder", Short)
+    monkeypatch.setattr(watch, "Decoder", Noted)
     said = Recorder()
-    result = train(settings_for(tmp_path, tiny_folder("smollm"), max_length=300, epochs=2), said)
-    assert result.validation_macro_f1 is not None
-    # Found out once: the next look begins where this one ended.
-    assert made == [(32, 300), (16, 300), (8, 300), (4, 300), (2, 300), (2, 300)]
-    assert not any("batch-size" in text for text in said.warnings)
+    assert train(settings_for(tmp_path, tiny_folder("smollm"), max_length=300, epochs=2), said).steps == 4
+    assert limits == [300, 300]
     [first, _] = [text for text in said.notices if "on the validation tasks" in text]
     assert first.endswith("% right)") and "(in training " in first
 
