@@ -57,10 +57,15 @@ class Load:
         return len(self.latencies) / self.seconds
 
     @property
+    def fifths(self) -> list[float]:
+        """The memory's peaks in each fifth of the time; empty where it is not known."""
+        size = len(self.memory) / 5
+        return [max(self.memory[int(i * size) : int((i + 1) * size)]) for i in range(5)] if size >= 1 else []
+
+    @property
     def growth(self) -> float:
-        """The memory of the last fifth of the time over that of the first, peaks of both; NaN where it is not known."""
-        fifth = max(1, len(self.memory) // 5)
-        return max(self.memory[-fifth:]) / max(self.memory[:fifth]) if self.memory else float("nan")
+        """The memory of the last fifth of the time over that of the first; NaN where it is not known."""
+        return self.fifths[-1] / self.fifths[0] if self.fifths else float("nan")
 
 
 def texts() -> Iterator[str]:
@@ -198,6 +203,7 @@ async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
         "p50 at saturation, ms": round(1000 * full.percentile(0.5)),
         "p99 at saturation, ms": round(1000 * full.percentile(0.99)),
         "memory, MB": [round(min(full.memory)), round(max(full.memory))],
+        "memory by fifths of the time, MB": [round(one) for one in full.fifths],
         "memory, last fifth over first": round(full.growth, 3),
         "half load, requests a second": round(half.rate, 2),
         "half load, requests": len(half.latencies),
