@@ -202,5 +202,8 @@ def decide_each(backend: Backend, tasks: Sequence[Task]) -> list[Prediction | Ba
     except TeacherError as error:  # a model server that refuses one refuses all
         return [error] * len(tasks)
     except Exception as error:
-        # One that makes the model fail (a text too long for the memory) is not to take its neighbours with it.
-        return [error] if len(tasks) == 1 else [row for task in tasks for row in decide_each(backend, [task])]
+        if len(tasks) == 1:
+            return [error]
+    # One that makes the model fail (a text too long for the memory) is not to take its neighbours with it. Outside the
+    # handler: until here the exception keeps the failed pass's tensors alive.
+    return [row for task in tasks for row in decide_each(backend, [task])]

@@ -14,7 +14,7 @@ from pathlib import Path
 from router_cli import errors, fallback
 from router_cli.badlines import ENDING
 from router_cli.errors import InputError, OutputError, PartialError, UsageError
-from router_cli.infer import identity
+from router_cli.infer import differing, identity
 from router_cli.jsonl import alone, read_json, write_json, writing
 from router_cli.progress import SILENT, Progress
 from router_cli.settings import Settings
@@ -164,7 +164,7 @@ def _noted(output: Path, settings: Settings) -> None:
     note, mine = output / NOTE, identity(settings)
     if note.is_file():
         theirs = read_json(note)
-        if changed := sorted(key for key in mine if mine[key] != theirs.get(key)):
+        if changed := differing(mine, theirs):
             raise OutputError(
                 f"{output}: was made with other settings ({', '.join(changed)}): choose another --output or delete it"
             )

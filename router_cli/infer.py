@@ -127,7 +127,9 @@ def _infer(
                 fallbacks += row.fallback is not None
             bar.advance(len(batch))
     if output:
-        skipped.record(output)
+        # A finished file that a smaller --limit looks into keeps the record of all that was read for it.
+        if decided or settings.infer.limit is None:
+            skipped.record(output)
     else:
         for line in skipped:
             progress.warn(line)
@@ -193,6 +195,11 @@ def identity(settings: Settings) -> dict[str, object]:
     return {**chosen, "decision": settings.decision.model_dump(mode="json"), "adapter's training": trained}
 
 
+def differing(mine: dict[str, object], theirs: dict[str, object]) -> list[str]:
+    """What parts two calls' identities. Notes of earlier versions do not name the server."""
+    return sorted(key for key in mine if mine[key] != theirs.get(key) and (key != "server" or key in theirs))
+
+
 @contextmanager
 def _held(output: Path) -> Iterator[Path]:
     """Hold the file against other processes. Raises OutputError for what is none, or where another one has it."""
@@ -218,7 +225,7 @@ def _continued(output: Path, settings: Settings) -> list[str]:
         write_json(note, mine)
         return []
     theirs = read_json(note) if note.is_file() else {}
-    changed = sorted(key for key in mine if mine[key] != theirs.get(key))
+    changed = differing(mine, theirs)
     if changed:
         raise OutputError(
             f"{output}: exists and was made with other settings ({', '.join(changed)}): "

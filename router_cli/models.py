@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -103,12 +104,16 @@ _SAMPLES, _SAMPLE = 16, 1 << 16
 
 
 def content(base: BaseModel) -> str:
-    """What tells a base's weights from others of the same name: SHA-256 of its configuration and of parts of each file.
+    """What tells a base's weights from others of the same name, on any machine.
 
-    Parts, because whole files take minutes; training changes weights everywhere.
+    For what is converted from one file, that file; else SHA-256 of the configuration and of parts of each file of
+    weights: parts, because whole files take minutes, and training changes weights everywhere.
     """
-    found = hashlib.sha256((base.folder / "config.json").read_bytes())
-    for file in sorted(base.folder.glob("*.safetensors")):
+    if base.source in ("gguf", "package"):
+        return str(base.revision)
+    config = {key: value for key, value in read_json(base.folder / "config.json").items() if key not in _PASSING}
+    found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for file in _weights(base.folder):
         size = file.stat().st_size
         found.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as stream:
@@ -116,6 +121,20 @@ def content(base: BaseModel) -> str:
                 stream.seek(max(0, (size - _SAMPLE) * part // (_SAMPLES - 1)))
                 found.update(stream.read(_SAMPLE))
     return found.hexdigest()
+
+
+_PASSING = {"transformers_version", "_name_or_path"}
+"""What a configuration says of how it was written, not of the model."""
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files that transformers loads the weights from, of those that are there."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        shards = set(read_json(index)["weight_map"].values()) if index.is_file() else {name}
+        if found := [folder / shard for shard in sorted(shards) if (folder / shard).is_file()]:
+            return found
+    return []
 
 
 def at_hand(name: str, settings: Settings) -> BaseModel | None:

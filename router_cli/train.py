@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +27,7 @@ from router_cli.backends import space_from
 from router_cli.backends.device import best_device, fast_dtype, out_of_memory
 from router_cli.backends.library import quiet
 from router_cli.backends.local import META, load, serving_dtype
-from router_cli.errors import TrainingError, UsageError
+from router_cli.errors import ModelError, OutputError, RouterError, TrainingError, UsageError
 from router_cli.footprint.forecast import Footprint, Forecast, NoForecast
 from router_cli.jsonl import alone, read_json, write_json
 from router_cli.models import file_sha256
@@ -40,6 +41,9 @@ from router_cli.training.card import write_card
 from router_cli.training.checkpoints import Run, saving
 from router_cli.training.recipe import weighed
 from router_cli.training.watch import terminable
+
+LOCK = ".train.lock"
+"""The file in the output folder that is locked while a run writes there."""
 
 FOR_LESS = "what helps: --gradient-checkpointing, a smaller --max-length, a smaller --model"
 """Advice for a model that cannot be foreseen."""
@@ -115,21 +119,38 @@ def train(settings: Settings, progress: Progress = SILENT) -> TrainResult:
         made = _exported(settings, progress)
         return replace(_result(done["metrics"], options.output_dir, base, already_done=True), exported=made)
     ranks.wait()  # until all have seen that nothing is finished here
-    with _held(options.output_dir):
+    with _held(options.output_dir, run):
         with ranks.first_goes_ahead():
             run.begin()
-            found = models.content(base)
-            run.compare_base(run.pinned("base", lambda: found), found, base.name)
+            run.pinned("base", lambda: models.content(base))
+        run.compare_base(run.pinned("base", str), models.content(base), base.name)
         result = _fit(settings, space, data, base, run, progress, forecast)
         return replace(result, exported=_exported(settings, progress))
 
 
-def _held(folder: Path) -> AbstractContextManager[None]:
-    """Hold the folder against another `router train`, whose checkpoints this one would clear away as unfinished."""
-    if not ranks.first():
-        return nullcontext()
+@contextmanager
+def _held(folder: Path, run: Run) -> Iterator[None]:
+    """Hold the folder against another `router train`, whose checkpoints this one would clear away as unfinished.
+
+    The first process does it for all. Raises OutputError in each where another command has the folder, or has finished
+    in it meanwhile.
+    """
     taken = f"{folder}: another `router train` is writing it; choose another --output-dir"
-    return alone(folder, folder.with_name(f".{folder.name}.lock"), taken)
+    failure: RouterError | None = None
+    with ExitStack() as stack:
+        if ranks.first():
+            try:
+                stack.enter_context(alone(folder, folder / LOCK, taken))
+                if run.finished() is not None:
+                    failure = OutputError(f"{folder}: another `router train` has finished it meanwhile")
+            except RouterError as error:
+                failure = error
+        if failure := ranks.shared(failure):
+            raise failure
+        yield
+        if ranks.first():
+            with suppress(OSError):  # Windows unlinks nothing that is open
+                (folder / LOCK).unlink()
 
 
 def estimate(settings: Settings, progress: Progress = SILENT) -> Footprint:
@@ -224,7 +245,13 @@ def _fit(
     with ranks.first_goes_ahead():
         # Which type is fast is measured: a busy machine could say otherwise when the run goes on.
         settings = settings.with_values(models__dtype=run.pinned("dtype", lambda: _name(serving_dtype(settings))))
-    model, tokenizer = _load(settings, base, run, progress)
+    try:
+        model, tokenizer = _load(settings, base, run, progress)
+    except ModelError as error:
+        if error.__context__ is None or not out_of_memory(error.__context__):
+            raise
+        what = f"out of memory while {base.name} is loaded"
+        raise TrainingError(f"{what}; {forecast.advice() if forecast else FOR_LESS}") from None
     lessons.check_model(model, tokenizer, space, base.name, progress)
     rows = lessons.encode(data.train, space, tokenizer, options.max_length, progress, options.augment, options.seed)
     if options.objective == "solve":

@@ -173,14 +173,19 @@ class Decoder:
         self, encoded: list[list[int]], walk: Callable[[Row], Walk[Found]], asks_solving: bool
     ) -> list[Found]:
         """What the first rows of a batch found: all of them, unless memory holds fewer at once, now and from now on."""
+        size = min(self.batch_size, len(encoded))
         while True:
             try:
-                return self._batch(encoded[: self.batch_size], walk, asks_solving)
+                found = self._batch(encoded[:size], walk, asks_solving)
             except (RuntimeError, MemoryError) as error:
-                if self.batch_size == 1 or not out_of_memory(error):
+                if size == 1 or not out_of_memory(error):
                     raise
+            else:
+                if size < min(self.batch_size, len(encoded)):
+                    self.batch_size = size
+                return found
             # Outside the handler: until here the exception keeps the pass's tensors alive.
-            self.batch_size = max(1, min(self.batch_size, len(encoded)) // 2)
+            size //= 2
             give_back()
 
     def _batch(self, encoded: list[list[int]], walk: Callable[[Row], Walk[Found]], asks_solving: bool) -> list[Found]:

@@ -77,14 +77,19 @@ def _malloc_trim() -> Any:
         return None
 
 
+_NO_MEMORY = ("DefaultCPUAllocator: not enough memory", "error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""How Windows, and CUDA outside torch's allocator, say it; what else is said accelerate knows."""
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on a GPU or a CPU."""
     import torch
     from accelerate.utils.memory import should_reduce_batch_size
 
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, Exception) and should_reduce_batch_size(error)
-    )
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    return said or (isinstance(error, Exception) and should_reduce_batch_size(error))
 
 
 def give_back() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -233,6 +234,8 @@ def _enough_memory(base: models.BaseModel, dtype: Any) -> Iterator[None]:
     except Exception as error:
         if not out_of_memory(error):
             raise
+        # Whoever keeps the error below must not keep the tensors of the pass that failed.
+        traceback.clear_frames(error.__traceback__)
         size, wide = _weight_bytes(base.folder, dtype), getattr(dtype, "itemsize", 2) > 2
         takes = f": its weights alone take {size / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}" if size else ""
         raise ModelError(

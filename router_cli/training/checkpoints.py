@@ -119,9 +119,10 @@ class Run:
             (folder / MARK).unlink(missing_ok=True)  # a kill must not leave a marked one with half its files
             shutil.rmtree(folder, ignore_errors=True)
 
-    def seconds(self, checkpoint: Path) -> float:
-        """How long the run had trained when it wrote this checkpoint."""
-        return float(read_json(checkpoint / MARK).get("seconds", 0.0))
+    def seconds(self) -> float:
+        """How long the run had trained when it wrote its newest checkpoint."""
+        marks = [folder / MARK for folder in self.checkpoints.glob("checkpoint-*") if not _lost(folder)]
+        return max((float(read_json(mark).get("seconds", 0.0)) for mark in marks), default=0.0)
 
     def clean(self) -> None:
         """Drop the checkpoints of a finished run."""

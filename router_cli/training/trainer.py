@@ -7,7 +7,7 @@ tasks are decided by the decoder that serves, and the best adapter is kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,12 @@ def fit(
     Raises OutOfRoom where not even one example at a time fits, TrainingError where the loss is no number, OutputError
     where a checkpoint cannot be written, and KeyboardInterrupt after writing a checkpoint on Ctrl-C.
     """
+    earlier = run.seconds()
     while True:
         settings = _within_memory(settings, run)
         try:
-            return _attempt(model, tokenizer, space, rows, validation, settings, run, progress)
+            fitted = _attempt(model, tokenizer, space, rows, validation, settings, run, progress)
+            return replace(fitted, earlier=earlier)
         except OutOfRoom:
             size, several = settings.train.batch_size, ranks.count() > 1
             if size == 1 or several:  # the other processes have not run out, and wait in the middle of a step
@@ -137,13 +139,13 @@ def _attempt(
         if options.report_to == "tensorboard" and ranks.first():
             trainer.add_callback(_event_files(options.output_dir))
     resume = ranks.shared(run.newest(progress) if ranks.first() else None)
-    earlier = run.seconds(resume) if resume else 0.0
-    watch.figures = Figures(sum(map(len, trainer.train_dataset["input_ids"])), options.price_per_hour, earlier)
+    tokens = sum(map(len, trainer.train_dataset["input_ids"]))
+    watch.figures = Figures(tokens, options.price_per_hour, run.seconds())
     if resume is not None:
         progress.notice(f"continuing from step {resume.name.rpartition('-')[2]}")
         state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
         if stale(state.log_history, options.patience):  # it had stopped early, and broke off after that
-            return _fitted(trainer, state, watch, earlier)
+            return _fitted(trainer, state, watch)
     if adapter := activated(trainer.model):
         trainer.prompts = Prompts(adapter, trainer.shared, tokenizer.pad_token_id, layers[0])
         if _computed(trainer.prompts, rows, progress):
@@ -174,10 +176,10 @@ def _attempt(
         raise TrainingError(watch.failure)
     if watch.interrupted:
         raise KeyboardInterrupt
-    return _fitted(trainer, trainer.state, watch, earlier)
+    return _fitted(trainer, trainer.state, watch)
 
 
-def _fitted(trainer: Any, state: Any, watch: Any, earlier: float) -> Fitted:
+def _fitted(trainer: Any, state: Any, watch: Any) -> Fitted:
     best = watch.load_best(trainer.model)
     return Fitted(
         trainer.model,
@@ -186,7 +188,6 @@ def _fitted(trainer: Any, state: Any, watch: Any, earlier: float) -> Fitted:
         best.get("score"),
         best.get("epoch"),
         trainer.accelerator.get_state_dict(trainer.model_wrapped) if ranks.sharded() else None,
-        earlier,
     )
 
 

@@ -107,6 +107,8 @@ def test_bad_lines_stop_or_are_recorded(adapter: Path, tmp_path: Path) -> None:
     assert infer(settings(adapter=adapter, data=data, output=output, skip_bad_lines=True)).skipped == 1
     [row] = map(json.loads, (tmp_path / "predictions.jsonl.bad-lines.jsonl").read_text().splitlines())
     assert (row["file"], row["line"], row["text"]) == (str(data), 2, '{"id": ')
+    infer(settings(adapter=adapter, data=data, output=output, skip_bad_lines=True, limit=1))
+    assert (tmp_path / "predictions.jsonl.bad-lines.jsonl").exists(), "a look at the first row is no news of the others"
     data.write_text('{"id": "a", "task": "Sort."}\n{"id": "c", "task": "Merge."}\n')
     assert infer(settings(adapter=adapter, data=data, output=output, skip_bad_lines=True)).resumed == 2
     assert not (tmp_path / "predictions.jsonl.bad-lines.jsonl").exists(), "what it says is mended"
@@ -409,6 +411,9 @@ def test_a_file_of_one_server_is_not_continued_by_another(tmp_path: Path) -> Non
         infer(settings(backend="remote", limit=2, endpoint__base_url=one.url, **values))
         with pytest.raises(OutputError, match=r"made with other settings \(server\)"):
             infer(settings(backend="remote", endpoint__base_url=other.url, **values))
+        note = tmp_path / ".p.jsonl.infer.json"  # as earlier versions wrote it
+        note.write_text(json.dumps({k: v for k, v in json.loads(note.read_text()).items() if k != "server"}))
+        assert infer(settings(backend="remote", limit=2, endpoint__base_url=other.url, **values)).resumed == 2
         address = one.url.replace("//", "//user:hidden@")
         assert infer(settings(backend="remote", endpoint__base_url=address, **values)).resumed == 2
     assert "hidden" not in (tmp_path / ".p.jsonl.infer.json").read_text()

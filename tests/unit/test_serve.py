@@ -676,7 +676,8 @@ def test_where_the_teachers_queue_is_full_the_sure_are_answered() -> None:
             waiting = [served.later("/v1/route", {"task": "doubtful"})]
             until(lambda: len(teacher.calls) == 1)
             waiting.append(served.later("/v1/route", {"tasks": ["doubtful", "doubtful"]}))
-            until(lambda: served.waiting == 2)
+            # All three are decided, and the last two wait for the teacher.
+            until(lambda: served.metric("router_batch_size_sum") == 3 and served.waiting == 2)
             sure, none = served.post("/v1/route", {"tasks": ["sure", "doubtful"]}).json["predictions"]
             assert sure["decision"] and none["error"]["code"] == "queue_full"
             refused = served.post("/v1/route", {"task": "doubtful"})

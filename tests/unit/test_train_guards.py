@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from router_cli import models
 from router_cli import train as training
-from router_cli.backends.device import available_memory
+from router_cli.backends.device import available_memory, out_of_memory
 from router_cli.backends.local import META, LocalBackend
 from router_cli.dataset import build
 from router_cli.errors import OutputError, TrainingError, UsageError
@@ -44,9 +44,35 @@ def test_the_projects_own_tasks_train_by_their_name(tiny_folder: Tiny, tmp_path:
 
 def test_two_runs_do_not_share_a_folder(tiny_folder: Tiny, tmp_path: Path) -> None:
     settings = settings_for(tmp_path, tiny_folder("smollm"))
-    with FileLock(tmp_path / ".a.lock"), pytest.raises(OutputError, match=r"a: another `router train` is writing it"):
+    (tmp_path / "a").mkdir()
+    with (
+        FileLock(tmp_path / "a" / ".train.lock"),
+        pytest.raises(OutputError, match=r"a: another `router train` is writing it"),
+    ):
         train(settings)
     assert train(settings).steps == 2
+    assert not (tmp_path / "a" / ".train.lock").exists()
+
+
+def test_what_another_run_finished_meanwhile_is_not_trained_over(
+    tiny_folder: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, ordinary = settings_for(tmp_path, tiny_folder("smollm")), models.resolve
+    rivals = [settings.with_values(train__lr=1e-3)]
+
+    def slow(*args: Any) -> BaseModel:
+        """A fetch that takes as long as another whole run."""
+        if rivals:
+            train(rivals.pop())
+        return ordinary(*args)
+
+    monkeypatch.setattr(models, "resolve", slow)
+    with pytest.raises(TrainingError, match=r"holds an adapter trained with other train\.lr"):
+        train(settings)
+    rivals.append(settings)
+    shutil.rmtree(tmp_path / "a")
+    with pytest.raises(OutputError, match="another `router train` has finished it meanwhile"):
+        train(settings)
 
 
 def other_weights(folder: Path, to: Path) -> Path:
@@ -90,6 +116,21 @@ def test_content_tells_weights_apart_wherever_they_lie(tiny_folder: Tiny, tmp_pa
     assert models.content(one) == models.content(copy)
     other = BaseModel("x", other_weights(one.folder, tmp_path / "other"), "folder")
     assert models.content(one) != models.content(other)
+    # Who wrote the files, and what lies beside them, says nothing of the model.
+    config = json.loads((copy.folder / "config.json").read_text())
+    (copy.folder / "config.json").write_text(json.dumps({**config, "transformers_version": "9.9"}))
+    (copy.folder / "consolidated.safetensors").write_bytes(b"more")
+    assert models.content(one) == models.content(copy)
+    (copy.folder / "config.json").write_text(json.dumps({**config, "rope_theta": 7.0}))
+    assert models.content(one) != models.content(copy)
+    older = BaseModel("z", tmp_path / "older", "folder")
+    older.folder.mkdir()
+    shutil.copy(one.folder / "config.json", older.folder)
+    found = set()
+    for text in (b"weights", b"others!"):
+        (older.folder / "pytorch_model.bin").write_bytes(text)
+        found.add(models.content(older))
+    assert len(found) == 2
 
 
 def test_an_adapter_names_its_base_where_others_find_it(tiny_folder: Tiny, tmp_path: Path) -> None:
@@ -321,3 +362,33 @@ def test_an_adapter_above_other_weights_is_warned_about(tiny_folder: Tiny, tmp_p
     kept.rename(base)
     LocalBackend(served, said)
     assert len(said.warnings) == 1 and "has other weights than" in said.warnings[0]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: not enough memory: you tried",
+        "[enforce fail at alloc_cpu.cpp:75] err == 0. DefaultCPUAllocator: can't allocate memory: you tried",
+    ],
+)
+def test_lack_of_memory_is_known_in_all_its_words(words: str) -> None:
+    assert out_of_memory(RuntimeError(words)) and out_of_memory(MemoryError())
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not out_of_memory(ValueError(words))
+
+
+def test_a_base_that_does_not_fit_gets_the_advice_of_training(
+    tiny_folder: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    def none(*args: Any, **given: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:75] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", none)
+    with pytest.raises(TrainingError, match=r"out of memory while .* is loaded; what helps: ") as error:
+        train(settings_for(tmp_path, tiny_folder("smollm")))
+    assert "--backend remote" not in str(error.value)
