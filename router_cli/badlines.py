@@ -14,13 +14,8 @@ from router_cli.tasks import read_tasks
 KEPT = 1000
 """Characters of a line that are recorded."""
 
-
 ENDING = ".bad-lines.jsonl"
-
-
-def file_of(output: Path) -> Path:
-    """Where the lines that a command passed over on its way to `output` are recorded."""
-    return output.with_name(output.name + ENDING)
+"""What the name of the record ends in, behind that of the output."""
 
 
 @dataclass
@@ -54,15 +49,10 @@ class BadLines:
 
     def record(self, output: Path) -> None:
         """Write them beside `output`; no file stands there without any."""
-        file = file_of(output)
+        file = output.with_name(output.name + ENDING)
         if self._met:
-            write_rows(
-                file,
-                (
-                    {"file": path, "line": number, "text": text, "reason": why}
-                    for (path, number), (text, why) in self._met.items()
-                ),
-            )
+            names = ("file", "line", "text", "reason")
+            write_rows(file, (dict(zip(names, (*place, *said), strict=True)) for place, said in self._met.items()))
         else:
             with writing(file):
                 file.unlink(missing_ok=True)

@@ -63,7 +63,7 @@ def infer(
         raise UsageError("pass either one task as text, or --data FILE (- for standard input)")
     if text is not None and not text.strip():
         raise UsageError("the task is empty")
-    fallback.check(settings)
+    falls_back = fallback.check(settings)
     skipped = BadLines(settings.infer.data, settings.infer.skip_bad_lines)
     tasks = _tasks(settings, text, skipped)
     # A missing file is said before a model is loaded for minutes. A price must not hang on `--limit`.
@@ -71,69 +71,50 @@ def infer(
     if not first:
         raise InputError(f"{', '.join(settings.infer.data)}: holds no task of the {settings.infer.split} split")
     tasks = islice(chain(first, tasks), settings.infer.limit)
-    if settings.infer.output is None:
-        found: list[Prediction] = []
-        result = _infer(settings, text, tasks, first, None, [], skipped, progress, confirm, take or found.append)
-        return replace(result, predictions=found)
-    with _held(Path(settings.infer.output)) as output:
-        standing = _continued(output, settings)
-        with Appender(output) as writer:
-            return _infer(settings, text, tasks, first, output, standing, skipped, progress, confirm, writer.append)
+    output = Path(settings.infer.output) if settings.infer.output else None
+    found: list[Prediction] = []
+    with ExitStack() as held:
+        standing: list[str] = []
+        if output is None:
+            put = take or found.append
+        else:
+            held.enter_context(_held(output))
+            standing = _continued(output, settings)
+            put = held.enter_context(Appender(output)).append
+        for number, (known, task) in enumerate(zip(standing, tasks, strict=False), start=1):
+            if known != task.id:
+                raise OutputError(
+                    f"{output}:{number}: is about the task {known}, but the data has {task.id} there: "
+                    "choose another --output or delete it"
+                )
+        done, fallbacks, decided = len(standing), 0, 0
+        backend: Backend | None = None
+        unsure: fallback.Fallback | None = None
 
+        def rest() -> Iterator[Task]:
+            return islice(_tasks(settings, text, skipped), done, settings.infer.limit)
 
-def _infer(
-    settings: Settings,
-    text: str | None,
-    tasks: Iterator[Task],
-    first: list[Task],
-    output: Path | None,
-    standing: list[str],
-    skipped: BadLines,
-    progress: Progress,
-    confirm: Confirm | None,
-    take: Callable[[Prediction], None],
-) -> InferResult:
-    """Decide for `tasks`, which begin with `first`, going on behind the rows `standing` (task ids) in `output`.
-
-    `take` gets each row.
-    """
-    falls_back = fallback.check(settings)
-    for number, (known, task) in enumerate(zip(standing, tasks, strict=False), start=1):
-        if known != task.id:
-            raise OutputError(
-                f"{output}:{number}: is about the task {known}, but the data has {task.id} there: "
-                "choose another --output or delete it"
-            )
-    todo, done = tasks, len(standing)
-    fallbacks = decided = 0
-    backend: Backend | None = None
-    unsure: fallback.Fallback | None = None
-
-    def rest() -> Iterator[Task]:
-        return islice(_tasks(settings, text, skipped), done, settings.infer.limit)
-
-    with progress.bar("infer", 1 if text is not None else None, done) as bar, ExitStack() as stack:
-        while batch := list(islice(todo, settings.infer.batch_size * WINDOW)):
-            if falls_back and unsure is None:
-                counted = None if "-" in settings.infer.data else rest
-                unsure = fallback.make_fallback(settings, first, counted, progress, confirm)
-                stack.enter_context(unsure)
-            if backend is None:
-                backend = make_backend(settings, progress)
-                stack.callback(backend.close)
-            for row in decisions(backend, unsure, batch):
-                take(row)
-                decided += 1
-                fallbacks += row.fallback is not None
-            bar.advance(len(batch))
-    if output:
+        with progress.bar("infer", 1 if text is not None else None, done) as bar, ExitStack() as stack:
+            while batch := list(islice(tasks, settings.infer.batch_size * WINDOW)):
+                if falls_back and unsure is None:
+                    counted = None if "-" in settings.infer.data else rest
+                    unsure = fallback.make_fallback(settings, first, counted, progress, confirm)
+                    stack.enter_context(unsure)
+                if backend is None:
+                    backend = make_backend(settings, progress)
+                    stack.callback(backend.close)
+                for row in decisions(backend, unsure, batch):
+                    put(row)
+                    decided += 1
+                    fallbacks += row.fallback is not None
+                bar.advance(len(batch))
+        if output is None:
+            for line in skipped:
+                progress.warn(line)
         # A finished file that a smaller --limit looks into keeps the record of all that was read for it.
-        if decided or settings.infer.limit is None:
+        elif decided or settings.infer.limit is None:
             skipped.record(output)
-    else:
-        for line in skipped:
-            progress.warn(line)
-    result = InferResult(output, [], decided, done, len(skipped), fallbacks)
+    result = InferResult(output, found, decided, done, len(skipped), fallbacks)
     if unsure is None:
         return result
     return replace(result, threshold=unsure.threshold, unsure=dict(unsure.counts), usage=unsure.usage)
@@ -201,7 +182,7 @@ def differing(mine: dict[str, object], theirs: dict[str, object]) -> list[str]:
 
 
 @contextmanager
-def _held(output: Path) -> Iterator[Path]:
+def _held(output: Path) -> Iterator[None]:
     """Hold the file against other processes. Raises OutputError for what is none, or where another one has it."""
     if output.is_dir():
         raise OutputError(f"{output}: is a folder, expected a file to write the predictions to")
@@ -211,7 +192,7 @@ def _held(output: Path) -> Iterator[Path]:
         )
     taken = f"{output}: another `router infer` is writing it; choose another --output"
     with alone(output, output.with_name(f".{output.name}.lock"), taken):
-        yield output
+        yield
 
 
 def _continued(output: Path, settings: Settings) -> list[str]:

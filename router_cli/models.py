@@ -137,6 +137,13 @@ def _weights(folder: Path) -> list[Path]:
     return []
 
 
+def weight_bytes(base: BaseModel, width: int) -> float:
+    """Roughly what the weights take with `width` bytes a number; 0 where no files of safetensors say it."""
+    config = read_json(base.folder / "config.json")
+    stored = {"float32": 4}.get(str(config.get("dtype") or config.get("torch_dtype")), 2)
+    return sum(file.stat().st_size for file in base.folder.glob("*.safetensors")) / stored * width
+
+
 def at_hand(name: str, settings: Settings) -> BaseModel | None:
     """The base model `name` if this machine has it already: no network is asked, nothing is converted.
 

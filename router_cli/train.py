@@ -113,8 +113,9 @@ def train(settings: Settings, progress: Progress = SILENT) -> TrainResult:
     with ranks.first_goes_ahead():
         base = models.resolve(options.model, settings, progress)
     export.check(base, options.export)
+    content = models.content(base)
     if done:
-        run.compare_base(done["base_model"].get("content"), models.content(base), base.name)
+        run.compare_base(done["base_model"].get("content"), content, base.name)
         progress.notice(f"{options.output_dir} already holds this very adapter; nothing to do")
         made = _exported(settings, progress)
         return replace(_result(done["metrics"], options.output_dir, base, already_done=True), exported=made)
@@ -122,8 +123,8 @@ def train(settings: Settings, progress: Progress = SILENT) -> TrainResult:
     with _held(options.output_dir, run):
         with ranks.first_goes_ahead():
             run.begin()
-            run.pinned("base", lambda: models.content(base))
-        run.compare_base(run.pinned("base", str), models.content(base), base.name)
+            begun_on = run.pinned("base", lambda: content)
+        run.compare_base(begun_on, content, base.name)
         result = _fit(settings, space, data, base, run, progress, forecast)
         return replace(result, exported=_exported(settings, progress))
 
@@ -242,16 +243,16 @@ def _fit(
     from router_cli.training import trainer
 
     started, options = time.perf_counter(), settings.train
+    less = forecast.advice() if forecast else FOR_LESS
     with ranks.first_goes_ahead():
         # Which type is fast is measured: a busy machine could say otherwise when the run goes on.
         settings = settings.with_values(models__dtype=run.pinned("dtype", lambda: _name(serving_dtype(settings))))
     try:
         model, tokenizer = _load(settings, base, run, progress)
     except ModelError as error:
-        if error.__context__ is None or not out_of_memory(error.__context__):
+        if not out_of_memory(error):
             raise
-        what = f"out of memory while {base.name} is loaded"
-        raise TrainingError(f"{what}; {forecast.advice() if forecast else FOR_LESS}") from None
+        raise TrainingError(f"out of memory while {base.name} is loaded; {less}") from None
     lessons.check_model(model, tokenizer, space, base.name, progress)
     rows = lessons.encode(data.train, space, tokenizer, options.max_length, progress, options.augment, options.seed)
     if options.objective == "solve":
@@ -263,7 +264,7 @@ def _fit(
         if not isinstance(error, trainer.OutOfRoom) and not out_of_memory(error):
             raise
         what = str(error) if isinstance(error, trainer.OutOfRoom) else "out of memory beside the training steps"
-        raise TrainingError(f"{what}; {forecast.advice() if forecast else FOR_LESS}") from None
+        raise TrainingError(f"{what}; {less}") from None
     metrics = {
         "steps": fitted.steps,
         "seconds": round(fitted.earlier + time.perf_counter() - started, 1),
@@ -355,7 +356,7 @@ def _write(
             "hub_id": models.hub_id(base),
             "source": base.source,
             "revision": base.revision,
-            "content": models.content(base),
+            "content": run.pinned("base", lambda: models.content(base)),
         },
         "prompt_version": prompts.PROMPT_VERSION,
         "roles": list(space.roles),

@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from router_cli.errors import RouterError
+
 ROWS_AT_ONCE = 8
 """Short prompts that a CPU encodes together: with more, their activations leave its caches."""
 
@@ -82,10 +84,12 @@ _NO_MEMORY = ("DefaultCPUAllocator: not enough memory", "error: out of memory", 
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a GPU or a CPU."""
+    """Whether an exception says that memory ran out, on a GPU or a CPU; one of ours, made of such a one, too."""
     import torch
     from accelerate.utils.memory import should_reduce_batch_size
 
+    if isinstance(error, RouterError):
+        return error.__context__ is not None and out_of_memory(error.__context__)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     said = isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)

@@ -15,6 +15,7 @@ from types import MethodType
 from typing import Any
 
 from router_cli.backends.activated import Everywhere
+from router_cli.backends.library import below
 
 ATTENTION = "router_lean"
 """The name that the attention below has among those of transformers."""
@@ -34,7 +35,7 @@ def streamline(model: Any) -> Callable[[], None]:
     """Put the lean forms in place for good, or until the function that this returns is called."""
     if model.device.type != "cpu":
         return lambda: None
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = below(model)
     changed = [part for part in model.modules() if _plain(part)]
     attention = base.config._attn_implementation
     attend_plainly(base)

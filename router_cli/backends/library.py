@@ -9,10 +9,14 @@ from functools import cache
 from typing import Any
 
 
+def below(model: Any) -> Any:
+    """The model below an adapter; one without stays itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def filling(model: Any, kept: Any) -> dict[str, Any]:
     """The arguments with which a forward pass of `model` attends to the keys and values in `kept` and adds its own."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    kind: Any = type(base)
+    kind: Any = type(below(model))
     return {_name(kind): kept, "use_cache": True}
 
 

@@ -236,24 +236,14 @@ def _enough_memory(base: models.BaseModel, dtype: Any) -> Iterator[None]:
             raise
         # Whoever keeps the error below must not keep the tensors of the pass that failed.
         traceback.clear_frames(error.__traceback__)
-        size, wide = _weight_bytes(base.folder, dtype), getattr(dtype, "itemsize", 2) > 2
+        width: int = getattr(dtype, "itemsize", 0)  # none of a quantised base, or of one in whatever type its files say
+        size, wide = models.weight_bytes(base, width), width > 2
         takes = f": its weights alone take {size / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}" if size else ""
         raise ModelError(
             f"{base.name}: out of memory on the {best_device().upper()}{takes}; what helps: a smaller base, "
             f"{'--dtype bfloat16, ' * wide}or a server that holds it, in fewer bits if need be (vLLM, or llama.cpp "
             "with what --export gguf wrote), asked with --backend remote"
         ) from None
-
-
-def _weight_bytes(folder: Path, dtype: Any) -> float | None:
-    """Roughly what a model's weights take in the torch type `dtype`; None where its files do not say."""
-    wanted: int | None = getattr(dtype, "itemsize", None)
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if wanted is None or not size:
-        return None
-    config = read_json(folder / "config.json")
-    stored = {"float32": 4}.get(str(config.get("dtype") or config.get("torch_dtype")), 2)
-    return size / stored * wanted
 
 
 def serving_dtype(settings: Settings) -> Any:

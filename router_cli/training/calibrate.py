@@ -52,7 +52,7 @@ def calibrated(
             chances = decoder.solving(encoded) if settings.train.objective == "solve" else []
             bar.advance(len(encoded))
     except (RuntimeError, MemoryError, ModelError) as error:
-        if not out_of_memory(error.__context__ or error):
+        if not out_of_memory(error):
             raise
         progress.warn("no calibration: there is no memory left to load the base as `router infer` does")
         return None, None

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from router_cli import ranks
+from router_cli.backends.library import below
 from router_cli.training.checkpoints import Run
 from router_cli.training.frozen import hidden_states
 from router_cli.training.kept import Prompts
@@ -104,7 +105,7 @@ def trainer_class() -> Any:
 
         def _loss(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Any:
             ids, mask, labels = (inputs[name] for name in ("input_ids", "attention_mask", "labels"))
-            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            base = below(model)
             if self.prompts:
                 states, labels = self.prompts.states(ids, mask, labels, IGNORED)
             else:
@@ -155,8 +156,7 @@ def trainer_class() -> Any:
             if self._choice is None or not self._choice[1] or ranks.sharded():
                 yield
                 return
-            base, (offset, choices), caught = self.accelerator.unwrap_model(model), self._choice, list[Any]()
-            base = base.get_base_model() if hasattr(base, "get_base_model") else base
+            base, (offset, choices), caught = below(self.accelerator.unwrap_model(model)), self._choice, list[Any]()
             hook = base.get_decoder().register_forward_hook(lambda part, given, made: caught.append(made[0].detach()))
             try:
                 yield

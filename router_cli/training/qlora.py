@@ -12,8 +12,7 @@ import importlib.util
 from typing import Any
 
 from router_cli.backends.device import available_memory
-from router_cli.jsonl import read_json
-from router_cli.models import BaseModel
+from router_cli.models import BaseModel, weight_bytes
 from router_cli.progress import Progress
 
 ROOM = 0.8
@@ -30,7 +29,7 @@ def wanted(base: BaseModel, device: str, dtype: Any, progress: Progress) -> bool
         progress.warn("--use-4bit needs bitsandbytes and a CUDA GPU: going on with plain LoRA")
         return False
     if device == "cpu":
-        needed = _bytes(base, dtype)
+        needed = weight_bytes(base, dtype.itemsize)
         if fits(needed):
             progress.warn("--use-4bit is slow on a CPU, and the base fits as it is: going on with plain LoRA")
             return False
@@ -52,14 +51,6 @@ def configuration(dtype: Any) -> Any:
 def fits(needed: float) -> bool:
     """Whether a CPU's free memory takes a base of so many bytes without quantisation."""
     return bool(needed < ROOM * available_memory())
-
-
-def _bytes(base: BaseModel, dtype: Any) -> float:
-    """How much the base's weights take in `dtype`."""
-    config = read_json(base.folder / "config.json")
-    stored = {"float32": 4}.get(str(config.get("dtype") or config.get("torch_dtype")), 2)
-    size: float = sum(file.stat().st_size for file in base.folder.glob("*.safetensors")) / stored * dtype.itemsize
-    return size
 
 
 def prepared(model: Any, checkpointing: bool) -> Any:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from statistics import fmean
 from typing import Any
 
 from router_cli import ranks
@@ -25,6 +26,8 @@ from router_cli.training.frozen import FrozenLayers
 
 SCORE = "validation_macro_f1"
 """The log's name for what a look at the validation tasks gave."""
+FOR_NUMBERS = "lower --lr, or drop --fp16 for --bf16, with another --output-dir; the checkpoints before it are kept"
+"""Advice where loss or weights are no numbers."""
 RISING_STEPS = 20
 """Steps that a mean of the loss is taken over before it is said to rise, and at least five logs."""
 
@@ -186,10 +189,7 @@ def make_watch(held_out: HeldOut, run: Run, options: TrainSettings, progress: Pr
                 if self.failure:
                     pass  # the last log comes after what stopped the training
                 elif not math.isfinite(found):
-                    self.failure = (
-                        f"the loss is {found} at step {state.global_step}: lower --lr, or drop --fp16 for --bf16, "
-                        "with another --output-dir; the checkpoints before it are kept"
-                    )
+                    self.failure = f"the loss is {found} at step {state.global_step}: {FOR_NUMBERS}"
                 elif risen := rising(state.log_history):
                     self.failure = (
                         f"{risen}, at step {state.global_step}: lower --lr ({args.learning_rate:g}) or raise "
@@ -202,8 +202,7 @@ def make_watch(held_out: HeldOut, run: Run, options: TrainSettings, progress: Pr
             # Between two logs of the loss weights can be lost to NaN: no run must ever go on from them.
             if ranks.anywhere(not all(map(_finite, kwargs["model"].parameters()))):
                 self.failure = self.failure or (
-                    f"the adapter's weights are no numbers any more at step {state.global_step}: lower --lr, or drop "
-                    "--fp16 for --bf16, with another --output-dir; the checkpoints before it are kept"
+                    f"the adapter's weights are no numbers any more at step {state.global_step}: {FOR_NUMBERS}"
                 )
                 control.should_training_stop = True
                 return
@@ -233,13 +232,11 @@ def make_watch(held_out: HeldOut, run: Run, options: TrainSettings, progress: Pr
                 self._enter()
             if score is None:
                 return
-            import numpy as np
-
             state.log_history.append({"step": state.global_step, "epoch": state.epoch, SCORE: score})
             when = f"step {state.global_step}" if options.eval_steps else f"epoch {state.epoch:.0f}"
             learnt = [entry["topology_accuracy"] for entry in state.log_history if "topology_accuracy" in entry]
             # The newest half of the lessons: a log alone is a handful of them.
-            beside = f" (in training {np.mean(learnt[-(len(learnt) // 2) :]):.0%} right)" if len(learnt) > 1 else ""
+            beside = f" (in training {fmean(learnt[-(len(learnt) // 2) :]):.0%} right)" if len(learnt) > 1 else ""
             progress.notice(f"{when}: topology macro-F1 {score:.3f} on the validation tasks{beside}")
             if score > self._best().get("score", -1.0):
                 self._keep(model, {"score": score, "epoch": state.epoch, "step": state.global_step})

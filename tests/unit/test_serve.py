@@ -12,6 +12,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -597,7 +598,9 @@ def test_abstaining_is_a_row_without_a_decision_and_a_refusal() -> None:
     assert served.metric("router_fallbacks_total", by="abstain") == 3
 
 
-def test_a_teacher_is_asked_for_the_unsure_and_nobody_waits_for_it_but_they() -> None:
+@contextmanager
+def slow_teacher() -> Iterator[tuple[FakeTeacher, threading.Event]]:
+    """A teacher that answers nobody before the event is set."""
     answering = threading.Event()
 
     def behave(call: Call) -> Reply | None:
@@ -605,6 +608,11 @@ def test_a_teacher_is_asked_for_the_unsure_and_nobody_waits_for_it_but_they() ->
         return None
 
     with FakeTeacher(behave=behave) as teacher:
+        yield teacher, answering
+
+
+def test_a_teacher_is_asked_for_the_unsure_and_nobody_waits_for_it_but_they() -> None:
+    with slow_teacher() as (teacher, answering):
         values = unsure_settings(fallback="teacher", endpoint__base_url=teacher.url, endpoint__api_key="k")
         values |= {"label__price_in": 2.5, "label__price_out": 10.0}
         unsure = make_fallback(settings(**values), [], None)
@@ -663,13 +671,7 @@ def test_a_teacher_that_comes_back_is_asked_again() -> None:
 
 
 def test_where_the_teachers_queue_is_full_the_sure_are_answered() -> None:
-    answering = threading.Event()
-
-    def behave(call: Call) -> Reply | None:
-        assert answering.wait(30)
-        return None
-
-    with FakeTeacher(behave=behave) as teacher:
+    with slow_teacher() as (teacher, answering):
         values = unsure_settings(fallback="teacher", endpoint__base_url=teacher.url, endpoint__api_key="k")
         values |= {"label__concurrency": 1, "queue": 2}
         with serving(Gated(doubtful), make_fallback(settings(**values), [], None), **values) as served:
